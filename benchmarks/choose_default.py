@@ -1,0 +1,73 @@
+"""Which data-free rule should be the default? Evidence on calibration text only.
+
+Scores every estimator x granularity x scale on text that no result is ever reported on: WikiText-2
+validation and one half of Python's documentation. Appends to choose_default.csv and skips what is
+there, so it can be stopped and resumed.
+
+    python benchmarks/choose_default.py [--tokens 8192]
+"""
+
+import argparse
+
+import common
+
+import acttail
+from acttail.allocate import AllocationContext, make_plan
+from acttail.checkpoint import LoadedWeights
+
+TEXTS = {"wikitext-validation": str(common.WIKITEXT_VALIDATION), "python-docs": "python-docs:calibration"}
+
+
+def candidates():
+    yield "uniform", {}
+    for estimator in ("hill", "farms", "ks", "peak"):
+        base = {"estimator": estimator}
+        for epsilon in (0.1, 0.15, 0.2):
+            yield "acttail", {**base, "granularity": "within-block", "epsilon": epsilon}
+        for epsilon, within in ((0.05, 0.1), (0.05, 0.15), (0.1, 0.15)):
+            yield "acttail", {**base, "granularity": "two-level", "epsilon": epsilon, "epsilon_within": within}
+        yield "acttail", {**base, "granularity": "block", "epsilon": 0.1}
+        yield "acttail", {**base, "granularity": "projection", "epsilon": -0.1}
+        yield "acttail", {**base, "granularity": "projection", "epsilon": 0.1}
+        yield "acttail", {**base, "granularity": "type-normalised", "epsilon": 0.1}
+        yield "theory", {**base, "sign": "capacity"}
+        yield "theory", {**base, "sign": "importance"}
+    yield "energy", {}
+    for epsilon in (0.05, 0.1, 0.15, -0.1):
+        yield "depth", {"epsilon": epsilon}
+    for epsilon in (-0.1, -0.15, 0.1):
+        yield "per-type", {"epsilon": epsilon}
+    for seed in range(3):
+        yield "permuted", {"seed": seed, "granularity": "within-block", "epsilon": 0.15}
+    yield "reversed", {"granularity": "within-block", "epsilon": 0.15}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--model", default="smollm2-135m")
+    args = parser.parse_args()
+    model, tokenizer = acttail.load(args.model, dtype="bfloat16")
+    context = AllocationContext(LoadedWeights(model))
+    done = {(r["text"], r["allocator"], r["arguments"], r["sparsity"]) for r in common.rows("choose_default")}
+    for sparsity in (0.6, 0.7):
+        for text, place in TEXTS.items():
+            for allocator, arguments in candidates():
+                if (text, allocator, str(arguments), str(sparsity)) in done:
+                    continue
+                plan = make_plan(model, sparsity, allocator=allocator, arguments=arguments, context=context)
+                acttail.sparsify_(model, plan, check_contents=False)
+                result = acttail.perplexity(model, tokenizer, place, tokens=args.tokens)
+                acttail.densify_(model)
+                common.append("choose_default", {
+                    "text": text, "allocator": allocator, "arguments": str(arguments), "sparsity": sparsity,
+                    "realised_sparsity": round(result.realised.model, 5),
+                    "perplexity": round(result.perplexity, 4),
+                    "perplexity_stderr": round(result.perplexity_stderr, 4),
+                    "tokens": result.tokens, "window": result.window, "dtype": result.dtype,
+                })  # fmt: skip
+                print(text, sparsity, allocator, arguments, round(result.perplexity, 2), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What every benchmark shares: the machine's description and an append-only CSV per claim."""
+
+import csv
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+SHARED = Path(os.environ.get("ACTTAIL_SHARED", HERE.parent.parent / "shared"))
+WIKITEXT_TEST = SHARED / "data" / "wikitext-2" / "wiki.test.raw"
+WIKITEXT_VALIDATION = SHARED / "data" / "wikitext-2" / "wiki.valid.txt"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def protocol() -> dict[str, Any]:
+    """On what a row was measured."""
+    import transformers
+
+    import acttail
+
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "acttail": acttail.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def append(name: str, row: dict[str, Any]) -> None:
+    """Append a row to benchmarks/<name>.csv; the header is written once."""
+    path = HERE / f"{name}.csv"
+    row = {**row, **protocol()}
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    """All rows of a CSV, oldest first; empty if there is none yet."""
+    path = HERE / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,47 @@
+// The plain C ABI of acttail's native library. No C++ type crosses it, so one build serves every
+// Python and every torch. Status codes: 0 is success, anything else names the refusal.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define ACTTAIL_API __declspec(dllexport)
+#else
+#define ACTTAIL_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Raised by one whenever a signature below changes.
+#define ACTTAIL_ABI 1
+
+enum acttail_status {
+  ACTTAIL_OK = 0,
+  ACTTAIL_BAD_ARGUMENT = 1,
+  ACTTAIL_OUT_OF_MEMORY = 2,
+};
+
+ACTTAIL_API int acttail_abi(void);
+
+// Name of the instruction set in use: "portable", "avx2" or "avx512". The environment variable
+// ACTTAIL_ISA forces one; a name that is unknown or not supported here falls back to the best one
+// below it, and acttail_isa() tells the truth.
+ACTTAIL_API const char* acttail_isa(void);
+
+// Exact TopK mask over rows. x and y are [rows, columns], contiguous and non-overlapping. Each row
+// of y keeps the k entries of largest magnitude of the same row of x and is zero elsewhere. Ties go
+// to the lower column; NaN ranks above infinity, infinity above every number.
+// 1 <= k <= columns; threads >= 1.
+ACTTAIL_API int acttail_topk_mask_f32(const float* x, float* y, int64_t rows, int64_t columns,
+                                      int64_t k, int threads);
+
+// The same for 16-bit floats given as their bit patterns. infinity is the bit pattern of +inf:
+// 0x7F80 for bfloat16, 0x7C00 for IEEE half.
+ACTTAIL_API int acttail_topk_mask_16(const uint16_t* x, uint16_t* y, int64_t rows, int64_t columns,
+                                     int64_t k, uint16_t infinity, int threads);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,97 @@
+// Picks the instruction set once per process and spreads rows over threads.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "acttail.h"
+#include "topk.hpp"
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const acttail::TopkKernels* topk;
+};
+
+// Best first. A forced name skips the better ones, never the check that the CPU has it.
+Isa choose() {
+  const char* forced = std::getenv("ACTTAIL_ISA");
+  bool open = forced == nullptr || *forced == '\0' ||
+              (std::strcmp(forced, "avx512") != 0 && std::strcmp(forced, "avx2") != 0 &&
+               std::strcmp(forced, "portable") != 0);
+#if defined(ACTTAIL_AVX512)
+  open = open || std::strcmp(forced, "avx512") == 0;
+  if (open && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return {"avx512", &acttail::topk_avx512()};
+  }
+#endif
+#if defined(ACTTAIL_AVX2)
+  open = open || std::strcmp(forced, "avx2") == 0;
+  if (open && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {"avx2", &acttail::topk_avx2()};
+  }
+#endif
+  (void)open;
+  return {"portable", &acttail::topk_portable()};
+}
+
+const Isa& isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+
+// Below this many entries a parallel region costs more than it saves (about 5 µs on two cores).
+constexpr int64_t kParallelEntries = 1 << 15;
+
+template <typename Key, typename Value, typename Kernel>
+int run_rows(const Value* x, Value* y, int64_t rows, int64_t columns, int64_t k, int threads,
+             Kernel kernel) {
+  if (x == nullptr || y == nullptr || rows < 0 || columns < 1 || k < 1 || k > columns ||
+      threads < 1) {
+    return ACTTAIL_BAD_ARGUMENT;
+  }
+  if (k == columns) {
+    std::memcpy(y, x, sizeof(Value) * static_cast<size_t>(rows * columns));
+    return ACTTAIL_OK;
+  }
+  if (rows * columns < kParallelEntries) threads = 1;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(rows, threads));
+  Key* scratch = new (std::nothrow) Key[static_cast<size_t>(parts * columns)];
+  if (scratch == nullptr) return ACTTAIL_OUT_OF_MEMORY;
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1) if (parts > 1)
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = rows * part / parts;
+    const int64_t last = rows * (part + 1) / parts;
+    kernel(x + first * columns, y + first * columns, last - first, scratch + part * columns);
+  }
+  delete[] scratch;
+  return ACTTAIL_OK;
+}
+
+}  // namespace
+
+extern "C" {
+
+int acttail_abi(void) { return ACTTAIL_ABI; }
+
+const char* acttail_isa(void) { return isa().name; }
+
+int acttail_topk_mask_f32(const float* x, float* y, int64_t rows, int64_t columns, int64_t k,
+                          int threads) {
+  return run_rows<int32_t>(x, y, rows, columns, k, threads,
+                           [&](const float* xs, float* ys, int64_t n, int32_t* scratch) {
+                             isa().topk->mask_f32(xs, ys, n, columns, k, scratch);
+                           });
+}
+
+int acttail_topk_mask_16(const uint16_t* x, uint16_t* y, int64_t rows, int64_t columns, int64_t k,
+                         uint16_t infinity, int threads) {
+  return run_rows<int16_t>(x, y, rows, columns, k, threads,
+                           [&](const uint16_t* xs, uint16_t* ys, int64_t n, int16_t* scratch) {
+                             isa().topk->mask_16(xs, ys, n, columns, k, infinity, scratch);
+                           });
+}
+
+}  // extern "C"

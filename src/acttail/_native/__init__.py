@@ -1,0 +1,1 @@
+"""Holds the compiled library; see :mod:`acttail.backends.cpu`."""

@@ -1,0 +1,69 @@
+"""Controls that any claim for alpha must beat: uniform, depth, and alpha with its meaning removed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from acttail.allocate.acttail import DEFAULTS, offsets
+from acttail.allocate.base import AllocationContext, Allocator, Array, unit
+from acttail.budget import check_target, solve_offsets
+
+
+def allocate_uniform(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+    """[P] the same sparsity everywhere."""
+    return np.full(len(context.projections), check_target(sparsity))
+
+
+def allocate_depth(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+    """[P] a sparsity linear in the block's index: o = eps * u(block)."""
+    wanted = arguments["epsilon"] * unit(context.blocks.astype(np.float64))
+    return solve_offsets(wanted, context.costs, sparsity)
+
+
+def _with_alphas(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any], alphas: Array
+) -> Array:
+    wanted = offsets(
+        alphas, context, arguments["granularity"], arguments["epsilon"], arguments["epsilon_within"]
+    )
+    return solve_offsets(wanted, context.costs, sparsity)
+
+
+def allocate_permuted(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+    """[P] ActTail's rule on alphas dealt out at random over the projections."""
+    alphas = context.alphas(arguments["estimator"])
+    shuffled = np.random.default_rng(arguments["seed"]).permutation(alphas)
+    return _with_alphas(context, sparsity, arguments, shuffled)
+
+
+def allocate_reversed(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+    """[P] ActTail's rule with the opposite sign: each alpha reflected about the mean."""
+    alphas = context.alphas(arguments["estimator"])
+    return _with_alphas(context, sparsity, arguments, 2 * alphas.mean() - alphas)
+
+
+def allocate_per_type(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+    """[P] one sparsity per kind: o = eps * u(mean alpha of the kind)."""
+    alphas = context.alphas(arguments["estimator"])
+    kinds = [p.kind for p in context.projections]
+    means = {k: alphas[[x == k for x in kinds]].mean() for k in set(kinds)}
+    wanted = arguments["epsilon"] * unit(np.array([means[k] for k in kinds]))
+    return solve_offsets(wanted, context.costs, sparsity)
+
+
+UNIFORM = Allocator("uniform", "control: the same sparsity everywhere", {}, allocate_uniform)
+DEPTH = Allocator(
+    "depth", "control: linear in the block index; a negative epsilon makes early blocks sparser",
+    {"epsilon": 0.1}, allocate_depth,
+)  # fmt: skip
+PERMUTED = Allocator(
+    "permuted", "control: acttail on shuffled alphas", {**DEFAULTS, "seed": 0}, allocate_permuted
+)
+REVERSED = Allocator(
+    "reversed", "control: acttail with the opposite sign", dict(DEFAULTS), allocate_reversed
+)
+PER_TYPE = Allocator(
+    "per-type", "control: one sparsity per kind of projection, from the kind's mean alpha",
+    {"estimator": "hill", "epsilon": -0.1}, allocate_per_type,
+)  # fmt: skip

@@ -1,0 +1,81 @@
+"""Allocators by name, and the door through which plans are made."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from acttail.allocate.acttail import ACTTAIL
+from acttail.allocate.base import AllocationContext, Allocator
+from acttail.allocate.controls import DEPTH, PER_TYPE, PERMUTED, REVERSED, UNIFORM
+from acttail.allocate.theory import ENERGY, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE
+from acttail.analysis import Progress, as_weights
+from acttail.budget import check_target
+from acttail.errors import ActTailError
+from acttail.plan import SparsityPlan, build_plan
+
+DEFAULT = "acttail"
+ALLOCATORS: dict[str, Allocator] = {
+    a.name: a
+    for a in (
+        UNIFORM, ACTTAIL, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE,
+        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE,
+    )
+}  # fmt: skip
+
+
+def get(name: str) -> Allocator:
+    """The allocator of this name.
+
+    Raises:
+        ActTailError: there is none; lists those there are.
+    """
+    if name not in ALLOCATORS:
+        raise ActTailError(f"unknown allocator {name!r}: use {', '.join(ALLOCATORS)}")
+    return ALLOCATORS[name]
+
+
+def make_plan(
+    model: Any,
+    sparsity: float,
+    *,
+    allocator: str = DEFAULT,
+    arguments: Mapping[str, Any] | None = None,
+    context: AllocationContext | None = None,
+    progress: Progress | None = None,
+) -> SparsityPlan:
+    """Decide how sparse each projection may be.
+
+    Args:
+        model: a loaded transformers model, an opened WeightSource, or what :func:`acttail.load` takes
+            (then the weights are read one matrix at a time).
+        sparsity: model sparsity S, the cost-weighted mean, in [0, 0.99].
+        allocator: name of the rule; ``acttail`` by default.
+        arguments: overrides of the rule's defaults.
+        context: reuse the spectra of an earlier call for the same model.
+        progress: called with (done, total) during long work.
+
+    Returns:
+        A plan whose solved sparsities meet S within 1e-3 (its ``realised_sparsity`` says what is left
+        after rounding to whole entries).
+
+    Raises:
+        BudgetError: S is not a number in [0, 0.99].
+        ActTailError: unknown allocator or argument.
+        ModelError: the model cannot be read or is not a decoder.
+        SpectrumError: a weight has NaN or infinite entries.
+    """
+    rule = get(allocator)
+    target = check_target(sparsity)
+    merged = rule.arguments(arguments or {})
+    if context is None:
+        context = AllocationContext(as_weights(model), progress=progress)
+    context.used_fits = None
+    solved = rule.allocate(context, target, merged)
+    names = [p.name for p in context.projections]
+    return build_plan(
+        context.weights,
+        dict(zip(names, map(float, solved), strict=True)),
+        sparsity=target,
+        allocator=allocator,
+        arguments=merged,
+        fits=context.used_fits,
+    )

@@ -1,0 +1,106 @@
+"""The native backend: loads the C++ library with ctypes and calls its plain C ABI.
+
+A missing or unusable library is a state that :func:`status` describes and `acttail doctor` prints,
+never an ImportError: everything still runs on the reference backend.
+"""
+
+import ctypes
+import functools
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch  # first, so that the library shares torch's OpenMP runtime
+
+from acttail import _native
+
+_ABI = 1
+_INFINITY_16 = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """Whether the native library is in use, and if not, why and what to do."""
+
+    available: bool
+    isa: str | None
+    path: str | None
+    reason: str | None
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, NativeStatus]:
+    if os.environ.get("ACTTAIL_NATIVE") == "0":
+        return None, NativeStatus(False, None, None, "switched off by ACTTAIL_NATIVE=0")
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    prefix = "" if sys.platform == "win32" else "lib"
+    candidates = [Path(folder) / f"{prefix}acttail_native{suffix}" for folder in _native.__path__]
+    path = next((p for p in candidates if p.exists()), None)
+    if path is None:
+        reason = "the library was not built; install a C++17 compiler and reinstall acttail"
+        return None, NativeStatus(False, None, None, reason)
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = library.acttail_abi()
+        if abi != _ABI:
+            reason = f"the library speaks ABI {abi}, this package {_ABI}; reinstall acttail"
+            return None, NativeStatus(False, None, str(path), reason)
+        library.acttail_isa.restype = ctypes.c_char_p
+        pointer, int64 = ctypes.c_void_p, ctypes.c_int64
+        library.acttail_topk_mask_f32.argtypes = [
+            pointer, pointer, int64, int64, int64, ctypes.c_int,
+        ]  # fmt: skip
+        library.acttail_topk_mask_16.argtypes = [
+            pointer, pointer, int64, int64, int64, ctypes.c_uint16, ctypes.c_int,
+        ]  # fmt: skip
+        isa = library.acttail_isa().decode()
+    except (OSError, AttributeError) as error:
+        return None, NativeStatus(False, None, str(path), f"the library does not load: {error}")
+    return library, NativeStatus(True, isa, str(path), None)
+
+
+def status() -> NativeStatus:
+    """Say whether the native library is in use, on which instruction set, and if not, why."""
+    return _load()[1]
+
+
+def supports(x: torch.Tensor) -> bool:
+    """Whether the native kernels take this tensor: float32, bfloat16 or float16 on a CPU."""
+    return (
+        x.device.type == "cpu"
+        and (x.dtype == torch.float32 or x.dtype in _INFINITY_16)
+        and _load()[0] is not None
+    )
+
+
+def topk_mask(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Native counterpart of :func:`acttail.backends.reference.topk_mask`, bit for bit the same.
+
+    Args:
+        x: [..., d], float32, bfloat16 or float16, on the CPU.
+        k: how many entries of the last dimension stay, 1 <= k <= d.
+
+    Raises:
+        RuntimeError: the library refused the arguments or ran out of memory.
+    """
+    library = _load()[0]
+    if library is None:
+        raise RuntimeError(f"the native backend is not available: {status().reason}")
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    columns = x.shape[-1]
+    rows = x.numel() // columns if columns else 0
+    threads = torch.get_num_threads()
+    if x.dtype == torch.float32:
+        code = library.acttail_topk_mask_f32(
+            x.data_ptr(), y.data_ptr(), rows, columns, k, threads
+        )
+    else:
+        code = library.acttail_topk_mask_16(
+            x.data_ptr(), y.data_ptr(), rows, columns, k, _INFINITY_16[x.dtype], threads
+        )
+    if code and rows:
+        what = {1: "bad arguments", 2: "out of memory"}.get(code, f"status {code}")
+        raise RuntimeError(f"native topk_mask: {what} (rows={rows}, columns={columns}, k={k})")
+    return y

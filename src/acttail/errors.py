@@ -1,0 +1,33 @@
+"""The exceptions acttail raises on bad input: one clear line each, naming the thing and the remedy.
+
+The command line prints that line and exits with status 2; a library user catches
+:class:`ActTailError` or one of its children.
+"""
+
+
+class ActTailError(Exception):
+    """Base of every error that acttail raises on purpose."""
+
+
+class ModelError(ActTailError):
+    """A model is unknown, unreadable, truncated or not a decoder."""
+
+
+class PlanError(ActTailError):
+    """A plan is malformed, of an unknown version, or made for another model."""
+
+
+class BudgetError(ActTailError):
+    """A requested sparsity cannot be met."""
+
+
+class SpectrumError(ActTailError):
+    """A matrix has no usable spectrum."""
+
+
+class TextError(ActTailError):
+    """A text cannot be found, is empty, or is shorter than one window."""
+
+
+class ActTailWarning(UserWarning):
+    """A result is usable but something about it should be known."""

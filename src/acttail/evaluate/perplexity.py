@@ -1,0 +1,214 @@
+"""Perplexity with its standard error, and the protocol that makes it comparable."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from acttail.errors import TextError
+from acttail.prefill import PrefillPolicy
+from acttail.sparsify import RealisedSparsity, counting, sparse_state
+from acttail.text import Text, bos_of, read_text, tokenize, windows
+
+Progress = Callable[[int, int], None]
+# Logits are turned into losses this many positions at a time: 128 rows of a 256k vocabulary in
+# float32 take 131 MB.
+_ROWS = 128
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity and everything needed to compare it.
+
+    Attributes:
+        perplexity: exp(nll).
+        perplexity_stderr: standard error by the delta method, clustered by window.
+        nll: mean negative log-likelihood per scored token, nats.
+        nll_stderr: its standard error, clustered by window; None with a single window.
+        tokens: tokens fed, windows x window.
+        scored: tokens scored.
+        windows: number of windows.
+        window: tokens per window.
+        stride: ids between the starts of windows.
+        bos: whether each window starts with a BOS, because the tokenizer adds one.
+        dtype: of the model's weights.
+        prefill: the policy.
+        text: name and content hash of the text.
+        seconds: wall time.
+        realised: realised sparsity, None for a dense model.
+        token_nll: [windows, window - 1] float32, NaN where a position was not scored.
+    """
+
+    perplexity: float
+    perplexity_stderr: float | None
+    nll: float
+    nll_stderr: float | None
+    tokens: int
+    scored: int
+    windows: int
+    window: int
+    stride: int
+    bos: bool
+    dtype: str
+    prefill: str
+    text: str
+    seconds: float
+    realised: RealisedSparsity | None
+    token_nll: torch.Tensor
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each target, in float32, a few rows at a time.
+
+    Args:
+        logits: [T, vocabulary].
+        targets: [T] int64.
+
+    Returns:
+        [T] float32, nats.
+    """
+    parts = [
+        F.cross_entropy(logits[i : i + _ROWS].float(), targets[i : i + _ROWS], reduction="none")
+        for i in range(0, targets.numel(), _ROWS)
+    ]
+    return torch.cat(parts)
+
+
+def clustered_mean(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float | None]:
+    """Mean over scored positions, and its standard error with each window as one cluster.
+
+    Neighbouring tokens are correlated, windows hardly: the ratio estimator's variance over windows
+    (Cochran 1977, eq. 6.13).
+
+    Args:
+        values: [windows, T].
+        mask: [windows, T] bool, True where scored.
+    """
+    v = torch.where(mask, values, 0).double().sum(1)
+    n = mask.double().sum(1)
+    mean = float(v.sum() / n.sum())
+    count = values.shape[0]
+    if count < 2:
+        return mean, None
+    residual = v - mean * n
+    variance = float(residual.square().sum()) / (count - 1) * count
+    return mean, math.sqrt(variance) / float(n.sum())
+
+
+def _scored_mask(
+    shape: tuple[int, int], window: int, stride: int, bos: bool, policy: PrefillPolicy
+) -> torch.Tensor:
+    """Which of the W - 1 predictions of each window count."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    body = window - bos
+    if stride < body:
+        # Overlapping windows score only what the window before has not.
+        mask[1:, : body - stride - (0 if bos else 1)] = False
+    if policy.name == "decode_only":
+        mask[:, : window // 2 - 1] = False
+    return mask
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    text: str | Text,
+    *,
+    window: int = 1024,
+    tokens: int | None = None,
+    stride: int | None = None,
+    prefill: str | PrefillPolicy | None = None,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """Perplexity of a model, dense or sparse, on a text.
+
+    Windows do not overlap (unless `stride` says so), the tail is dropped, W - 1 of W tokens are
+    scored. A window starts with BOS only if the tokenizer adds one. Under ``decode_only`` the first
+    half of each window is a dense prefill and only the second half is sparse and scored.
+
+    Args:
+        model: causal LM of transformers, in eval mode.
+        tokenizer: its tokenizer.
+        text: a name for :func:`acttail.text.read_text`, or a Text.
+        window: tokens per window.
+        tokens: how many tokens of the text to use, from its start; None for all.
+        stride: tokens between the starts of windows; None for no overlap.
+        prefill: overrides the policy the model was made sparse with.
+        progress: called with (windows done, windows).
+
+    Returns:
+        The result with its protocol.
+
+    Raises:
+        TextError: text not found, empty, or shorter than one window.
+        ActTailError: unknown prefill policy.
+    """
+    started = time.perf_counter()
+    text = read_text(text) if isinstance(text, str) else text
+    state = sparse_state(model)
+    policy = PrefillPolicy.parse(prefill) if prefill is not None else (
+        state.policy if state else PrefillPolicy())  # fmt: skip
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and window > limit:
+        raise TextError(f"a window of {window} tokens is longer than the model's context of {limit}")
+    bos = bos_of(tokenizer)
+    batches = windows(tokenize(text, tokenizer), window, tokens, stride, bos, text.name)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if int(batches.max()) >= vocabulary:
+        raise TextError(f"the tokenizer gives ids beyond the model's {vocabulary} embeddings; they do not match")
+    step = stride or window - (bos is not None)
+    losses = torch.full((len(batches), window - 1), float("nan"))
+    rows = _rows_of(policy, window)
+    with ExitStack() as stack:
+        counter = stack.enter_context(counting(model)) if state else None
+        if state is not None:
+            stack.callback(setattr, state, "rows", state.rows)
+            hook, state.handle = state.handle, None
+            if hook is not None:  # the policy is applied here, by window position
+                hook.remove()
+                stack.callback(_restore_hook, model, state)
+            state.rows = rows
+        stack.enter_context(torch.inference_mode())
+        device = next(model.parameters()).device
+        for i, batch in enumerate(batches):
+            ids = batch[None].to(device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            losses[i] = token_losses(logits, ids[0, 1:]).cpu()
+            del logits
+            if progress is not None:
+                progress(i + 1, len(batches))
+    mask = _scored_mask((len(batches), window - 1), window, step, bos is not None, policy)
+    if not bool(torch.isfinite(losses[mask]).all()):
+        # A mean over broken numbers would hide them.
+        mean, error = math.nan, None
+    else:
+        mean, error = clustered_mean(losses, mask)
+    value = math.exp(mean) if mean < 700 else math.inf
+    return PerplexityResult(
+        perplexity=value, perplexity_stderr=None if error is None else value * error,
+        nll=mean, nll_stderr=error, tokens=batches.numel(), scored=int(mask.sum()),
+        windows=len(batches), window=window, stride=step, bos=bos is not None,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."), prefill=str(policy),
+        text=text.name, seconds=time.perf_counter() - started,
+        realised=counter.realised() if counter else None,
+        token_nll=torch.where(mask, losses, float("nan")),
+    )  # fmt: skip
+
+
+def _rows_of(policy: PrefillPolicy, window: int) -> torch.Tensor | bool:
+    """The sparse rows of one whole window, [1, window]."""
+    if policy.name == "decode_only":
+        # Causal attention makes one masked pass equal to a dense prefill and sparse decoding.
+        policy = PrefillPolicy("first_dense", window // 2)
+    return policy.sparse_rows(1, window, 0, None)
+
+
+def _restore_hook(model: Any, state: Any) -> None:
+    from acttail.sparsify import entry_hook
+
+    state.handle = entry_hook(state, model)

@@ -1,0 +1,342 @@
+"""Apply a plan to a model in place, and undo it.
+
+A projection keeps its module, parameters, hooks and name; only its class changes to one that keeps
+the k largest entries of the input before the same linear map runs. State dicts are therefore
+identical, and `densify_` gives back exactly what was there.
+"""
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from acttail.budget import model_sparsity
+from acttail.checkpoint import LoadedWeights
+from acttail.errors import ActTailError, ModelError, PlanError
+from acttail.ops import topk_mask
+from acttail.plan import SparsityPlan
+from acttail.prefill import PrefillPolicy, past_length
+from acttail.projections import is_stacked_experts
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class SparseState:
+    """What all sparse modules of one model share.
+
+    Attributes:
+        plan: the plan that was applied.
+        policy: which tokens are sparse.
+        rows: for the pass under way: True (all), False (none) or [batch, tokens] bool.
+        counts: projection name -> [entries kept, entries seen] while counting, else None.
+        handle: the model's hook, for policies that need to see each pass.
+    """
+
+    plan: SparsityPlan
+    policy: PrefillPolicy
+    rows: torch.Tensor | bool = True
+    counts: dict[str, list[int]] | None = None
+    handle: Any = None
+    config_owned: bool = field(default=False)
+
+
+def _select(
+    x: torch.Tensor, k: int, state: SparseState, name: str, index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x with the dropped entries zeroed, in the rows that are sparse.
+
+    Args:
+        x: [..., d].
+        k: entries to keep.
+        state: the model's state.
+        name: the projection's name, for counting.
+        index: the tokens that x's rows come from, where a router has picked some.
+    """
+    d = x.shape[-1]
+    rows = state.rows
+    sparse: int | torch.Tensor = x.numel() // d
+    if rows is True:
+        y = topk_mask(x, k)
+    elif rows is False:
+        y, sparse = x, 0
+    else:
+        assert isinstance(rows, torch.Tensor)  # noqa: S101
+        flat = rows.reshape(-1).to(x.device)
+        flat = flat if index is None else flat[index]
+        if flat.numel() * d != x.numel():
+            raise ActTailError(
+                f"the prefill policy {state.policy} cannot tell which token is which in {name}: it "
+                f"sees {x.numel() // d} rows for {flat.numel()} tokens; use the policy 'all'"
+            )
+        keep = flat.reshape(*x.shape[:-1], 1)
+        y, sparse = torch.where(keep, topk_mask(x, k), x), flat.sum()
+    if state.counts is not None:
+        seen = x.numel() // d
+        counts = state.counts[name]
+        counts[0] += int(sparse) * k + (seen - int(sparse)) * d
+        counts[1] += seen * d
+    return y
+
+
+class SparseModule:
+    """Mix-in of a linear module whose input is masked first."""
+
+    acttail_k: int
+    acttail_name: str
+    acttail_state: SparseState
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The original linear map of the masked input: [..., d_in] -> [..., d_out]."""
+        masked = _select(x, self.acttail_k, self.acttail_state, self.acttail_name)
+        return super().forward(masked)  # type: ignore[misc, no-any-return]
+
+    def extra_repr(self) -> str:
+        """The original description with k appended."""
+        return f"{super().extra_repr()}, k={self.acttail_k}"  # type: ignore[misc]
+
+
+class SparseLinear(SparseModule, nn.Linear):  # type: ignore[misc]
+    """nn.Linear that keeps the k largest entries of each input vector."""
+
+
+class SparseExperts:
+    """Mix-in of transformers' stacked experts: each expert masks its inputs with its own k."""
+
+    acttail_ks: dict[str, list[int]]
+    acttail_name: str
+    acttail_state: SparseState
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs.
+
+        Args:
+            hidden_states: [tokens, d].
+            top_k_index: [tokens, top_k] expert indices.
+            top_k_weights: [tokens, top_k].
+        """
+        output = torch.zeros_like(hidden_states)
+        entry = "gate_up_proj" if self.has_gate else "up_proj"  # type: ignore[attr-defined]
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:  # type: ignore[attr-defined]
+                continue  # the slot of a token that goes nowhere
+            token, slot = torch.where(top_k_index == expert)
+            hidden = self._project(entry, expert, hidden_states[token], token)
+            gated = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)  # type: ignore[attr-defined]
+            out = self._project("down_proj", expert, gated, token)
+            if getattr(self, "has_post_expert_norm", False):
+                out = self.post_expert_norm(out)  # type: ignore[attr-defined]
+            out = out * top_k_weights[token, slot, None]
+            output.index_add_(0, token, out.to(output.dtype))
+        return output
+
+    def _project(
+        self, parameter: str, expert: int, x: torch.Tensor, token: torch.Tensor
+    ) -> torch.Tensor:
+        name = f"{self.acttail_name}.{parameter}.{expert}"
+        masked = _select(x, self.acttail_ks[parameter][expert], self.acttail_state, name, token)
+        weight = getattr(self, parameter)[expert]
+        if getattr(self, "is_transposed", False):
+            weight = weight.T
+        bias = getattr(self, f"{parameter}_bias", None)
+        return F.linear(masked, weight, None if bias is None else bias[expert])
+
+
+@functools.cache
+def _sparse_class(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
+    if cls is nn.Linear:
+        return SparseLinear
+    return type(f"Sparse{cls.__name__}", (mixin, cls), {"__module__": __name__})
+
+
+def _swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    # accelerate wraps the bound forward of the class it found (device maps, offload): rebind it.
+    if hasattr(module, "_old_forward"):
+        module._old_forward = cls.forward.__get__(module)
+
+
+def entry_hook(state: SparseState, model: nn.Module) -> Any:
+    """Let a policy see each pass: a hook on the model that works out which rows are sparse."""
+    signature = inspect.signature(model.forward)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise ActTailError(f"the prefill policy {state.policy} needs input_ids or inputs_embeds")
+        state.rows = state.policy.sparse_rows(
+            tokens.shape[0], tokens.shape[1], past_length(given.get("past_key_values")),
+            given.get("attention_mask"),
+        )  # fmt: skip
+
+    return model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def sparse_state(model: nn.Module) -> SparseState | None:
+    """The state of a sparse model, None if it is dense."""
+    return getattr(model, "acttail_state", None)
+
+
+def sparsify_(
+    model: Model,
+    plan: SparsityPlan,
+    *,
+    prefill: str | PrefillPolicy = "all",
+    check_contents: bool = True,
+) -> Model:
+    """Make a model sparse in place: each projection keeps the k largest entries of its input.
+
+    Exact TopK per token, as docs/theory.md defines it. Works under `generate`, any batch size,
+    padding, float32, bfloat16 and float16, and `torch.compile(fullgraph=True)`. `save_pretrained`
+    writes the plan into the config.
+
+    Args:
+        model: a causal LM of transformers, dense or sparse (a new plan replaces the old one).
+        plan: made for this model.
+        prefill: which tokens are sparse: ``all``, ``first_dense=N``, ``last_fraction=F``,
+            ``decode_only``.
+        check_contents: compare the weights with those the plan was made from.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PlanError: the plan was made for another model; names the first difference.
+        ModelError: not a decoder, or experts of a form that is not supported.
+        ActTailError: unknown prefill policy.
+    """
+    policy = PrefillPolicy.parse(prefill)
+    if sparse_state(model) is not None:
+        densify_(model)
+    weights = LoadedWeights(model)
+    plan.check(weights, contents=check_contents)
+    state = SparseState(plan, policy)
+    stacked: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    plain: list[tuple[nn.Module, str, int]] = []
+    for p in weights.projections:
+        module = model.get_submodule(p.module)
+        if is_stacked_experts(module):
+            _check_experts(p.module, module)
+            stacked[p.module][p.parameter].append(plan.projections[p.name].k)
+        else:
+            plain.append((module, p.name, plan.projections[p.name].k))
+    for module, name, k in plain:
+        _swap_class(module, _sparse_class(type(module), SparseModule))
+        vars(module).update(acttail_k=k, acttail_name=name, acttail_state=state)
+    for path, ks in stacked.items():
+        module = model.get_submodule(path)
+        _swap_class(module, _sparse_class(type(module), SparseExperts))
+        vars(module).update(acttail_ks=dict(ks), acttail_name=path, acttail_state=state)
+    if policy.name != "all":
+        state.handle = entry_hook(state, model)
+    vars(model)["acttail_state"] = state
+    _note_in_config(model, state)
+    return model
+
+
+def _check_experts(path: str, module: nn.Module) -> None:
+    parameters = list(inspect.signature(module.forward).parameters)
+    # The decorator of transformers wraps forward; its own fields tell the supported form.
+    if not hasattr(module, "has_gate") and parameters[:3] != [
+        "hidden_states", "top_k_index", "top_k_weights",
+    ]:  # fmt: skip
+        raise ModelError(f"the experts {path} ({type(module).__name__}) are of a form acttail cannot run")
+
+
+def _note_in_config(model: nn.Module, state: SparseState) -> None:
+    """Let save_pretrained write the plan, unless another quantizer holds the model's one slot."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    from acttail.transformers import ActTailConfig
+
+    existing = getattr(model.config, "quantization_config", None)
+    if existing is None or isinstance(existing, ActTailConfig):
+        model.config.quantization_config = ActTailConfig(state.plan.to_dict(), str(state.policy))
+        state.config_owned = True
+
+
+def densify_(model: Model) -> Model:
+    """Undo :func:`sparsify_`: the model is again what it was, bit for bit.
+
+    Args:
+        model: a sparse model; a dense one is returned untouched.
+    """
+    state = sparse_state(model)
+    if state is None:
+        return model
+    for module in model.modules():
+        if isinstance(module, SparseModule | SparseExperts):
+            _swap_class(module, type(module).__bases__[1])
+            for key in ("acttail_k", "acttail_ks", "acttail_name", "acttail_state"):
+                vars(module).pop(key, None)
+    if state.handle is not None:
+        state.handle.remove()
+    vars(model).pop("acttail_state", None)
+    config = getattr(model, "config", None)
+    if state.config_owned and config is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return model
+
+
+@dataclass(frozen=True)
+class RealisedSparsity:
+    """What was dropped while counting.
+
+    Attributes:
+        projections: name -> share of the input entries dropped, over the tokens it saw. A routed
+            expert that saw no token has its plan's value.
+        model: cost-weighted mean.
+    """
+
+    projections: dict[str, float]
+    model: float
+
+
+class Counter:
+    """Result of :func:`counting`; read it after the block."""
+
+    def __init__(self, state: SparseState) -> None:
+        self._state = state
+        self.counts: dict[str, list[int]] = {name: [0, 0] for name in state.plan.projections}
+
+    def realised(self) -> RealisedSparsity:
+        """The realised sparsity of everything that ran so far."""
+        planned = self._state.plan.projections
+        by_name = {
+            name: 1 - kept / seen if seen else planned[name].realised_sparsity
+            for name, (kept, seen) in self.counts.items()
+        }
+        costs = [planned[name].cost for name in by_name]
+        return RealisedSparsity(by_name, model_sparsity(list(by_name.values()), costs))
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[Counter]:
+    """Count what each projection drops inside the block; costs nothing outside of one.
+
+    Raises:
+        PlanError: the model is dense.
+    """
+    state = sparse_state(model)
+    if state is None:
+        raise PlanError("the model is dense: there is no realised sparsity to count")
+    counter = Counter(state)
+    before, state.counts = state.counts, counter.counts
+    try:
+        yield counter
+    finally:
+        state.counts = before

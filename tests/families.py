@@ -1,0 +1,107 @@
+"""Tiny random models of every family the tests cover, built from configs, without any download."""
+
+from functools import cache
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+_COMMON = {
+    "vocab_size": 99,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _config(family: str) -> PreTrainedConfig:
+    c = _COMMON
+    match family:
+        case "llama":
+            return LlamaConfig(**c)
+        case "llama-mqa-tied":
+            return LlamaConfig(**{**c, "num_key_value_heads": 1}, tie_word_embeddings=True)
+        case "llama-odd":
+            return LlamaConfig(**{**c, "hidden_size": 44, "intermediate_size": 67, "head_dim": 10})
+        case "mistral":
+            return MistralConfig(**c, sliding_window=8)
+        case "qwen2":
+            return Qwen2Config(**c)
+        case "qwen3":
+            return Qwen3Config(**c, head_dim=16)
+        case "gemma2":
+            return Gemma2Config(**c, head_dim=12, sliding_window=8)
+        case "gemma3":
+            return Gemma3TextConfig(**c, head_dim=12, sliding_window=8)
+        case "phi3":
+            return Phi3Config(**c)
+        case "gpt2":
+            return GPT2Config(
+                vocab_size=99, n_embd=48, n_layer=3, n_head=4, n_positions=128,
+                bos_token_id=1, eos_token_id=2,
+            )  # fmt: skip
+        case "opt":
+            return OPTConfig(
+                vocab_size=99, hidden_size=48, ffn_dim=72, num_hidden_layers=3,
+                num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=48,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )  # fmt: skip
+        case "mixtral":
+            return MixtralConfig(**c, num_local_experts=4, num_experts_per_tok=2)
+        case "qwen2-moe":
+            return Qwen2MoeConfig(
+                **c, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+                shared_expert_intermediate_size=40, decoder_sparse_step=1,
+            )  # fmt: skip
+        case "qwen3-moe":
+            return Qwen3MoeConfig(
+                **c, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+                decoder_sparse_step=2,
+            )  # fmt: skip
+    raise KeyError(family)
+
+
+FAMILIES = [
+    "llama", "llama-mqa-tied", "llama-odd", "mistral", "qwen2", "qwen3", "gemma2", "gemma3",
+    "phi3", "gpt2", "opt", "mixtral", "qwen2-moe", "qwen3-moe",
+]  # fmt: skip
+MOE = ["mixtral", "qwen2-moe", "qwen3-moe"]
+
+
+@cache
+def config(family: str) -> PreTrainedConfig:
+    return _config(family)
+
+
+def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A fresh random model in eval mode; biases are random too, so that a lost one shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.02, generator=generator)
+        elif parameter.dim() == 3:
+            parameter.data.normal_(0, 0.02, generator=generator)
+    return model.to(dtype).eval()
