@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from acttail.errors import ModelError
-from acttail.models import ModelSource, converted_folder, load_config, reason
+from acttail.models import ModelSource, converted_folder, hub_arguments, load_config, reason
 from acttail.projections import Projection, find_projections, weight_of
 
 
@@ -265,7 +265,7 @@ def open_weights(source: ModelSource) -> WeightSource:
     try:
         folder = snapshot_download(
             str(source.hub_id),
-            revision=source.revision,
+            **hub_arguments(source),
             allow_patterns=["*.safetensors", "*.json"],
         )
     except Exception as error:

@@ -118,6 +118,46 @@ def _load_error(source: ModelSource, error: BaseException) -> ModelError:
     return ModelError(f"cannot load {source.path}: {reason(error)}; {remedy}")
 
 
+def _hub_reachable() -> bool:
+    """Whether the Hub's name resolves: the client would retry for half a minute before saying so."""
+    import socket
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy resolves names
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def hub_arguments(source: ModelSource) -> dict[str, Any]:
+    """Arguments for the Hub's client: the cache alone where there is no network.
+
+    Raises:
+        ModelError: no network, and the model is not in the cache.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if _hub_reachable():
+        return {"revision": source.revision}
+    try:
+        cached = try_to_load_from_cache(str(source.hub_id), "config.json", revision=source.revision)
+    except Exception as error:
+        raise ModelError(f"{source.name!r} is neither a path nor a Hub id ({reason(error)})") from error
+    if not isinstance(cached, str):
+        raise ModelError(
+            f"no model {source.name!r}: it is not a file or folder here, not in the Hub's cache, and "
+            "the Hub cannot be reached; check the name and the network"
+        )
+    return {"revision": source.revision, "local_files_only": True}
+
+
 def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
     """Arguments that transformers' from_pretrained takes for this source."""
     if source.kind == "gguf":
@@ -125,7 +165,7 @@ def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
         return str(source.path.parent), {"gguf_file": source.path.name}
     if source.kind == "folder":
         return str(source.path), {}
-    return str(source.hub_id), {"revision": source.revision}
+    return str(source.hub_id), hub_arguments(source)
 
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:

@@ -1,0 +1,5 @@
+"""`python -m acttail` is the same as `acttail`."""
+
+from acttail.cli import main
+
+main()

@@ -1,0 +1,85 @@
+"""The command line: a thin skin over the library. One file per sub-command, heavy imports inside.
+
+Exit status: 0 done, 1 an internal error, 2 bad input, 130 interrupted.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import click
+import typer
+
+from acttail._version import __version__
+from acttail.cli import analyze, compare, doctor, evaluate, generate, plan
+from acttail.cli.common import fail
+from acttail.errors import ActTailError
+
+app = typer.Typer(
+    name="acttail",
+    help="Make large language models decode faster by activation sparsity.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="MODEL is a Hub id, a folder, a GGUF file, or smollm2-135m. "
+    "Exit status: 0 done, 1 internal error, 2 bad input, 130 interrupted.",
+)
+app.command("analyze")(analyze.analyze)
+app.command("plan")(plan.plan)
+app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"acttail {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["ACTTAIL_DEBUG"] = "1"
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # Unwinds the stack, so that temporary files are removed.
+    raise SystemExit(128 + number)
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        code = done.exit_code
+    except click.UsageError as error:
+        error.show()
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("interrupted; nothing half-written was left behind\n")
+        code = 130
+    except BrokenPipeError:
+        # The reader went away (`| head`): not an error, and Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except ActTailError as error:
+        code = fail(str(error), 2, error)
+    except MemoryError as error:
+        code = fail("out of memory; use a smaller --window or --dtype bfloat16", 1, error)
+    except Exception as error:
+        code = fail(f"internal error: {type(error).__name__}: {error} (run with --debug, and report it)", 1, error)
+    sys.exit(code if isinstance(code, int) else 0)

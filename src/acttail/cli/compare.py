@@ -1,0 +1,110 @@
+"""`acttail compare`: dense and several allocators at several sparsities, on the same text."""
+
+from typing import Annotated, Any
+
+import typer
+
+from acttail.cli.common import (
+    Dtype,
+    Json,
+    Model,
+    Prefill,
+    Set,
+    Stride,
+    TextName,
+    Tokens,
+    TrustRemoteCode,
+    Window,
+    finite,
+    load_model,
+    number_list,
+    out,
+    print_json,
+    settings,
+    with_error,
+    work,
+)
+from acttail.errors import ActTailError
+
+
+def compare(
+    model: Model,
+    text: TextName,
+    sparsity: Annotated[str, typer.Option(help="Comma-separated model sparsities.")] = "0.5,0.6",
+    allocator: Annotated[str, typer.Option(help="Comma-separated allocators.")] = "uniform,acttail",
+    calibration_text: Annotated[
+        str | None, typer.Option(help="Text that calibrated allocators may see.")
+    ] = None,
+    set_: Set = None,
+    tokens: Tokens = None,
+    window: Window = 1024,
+    stride: Stride = None,
+    dtype: Dtype = "bfloat16",
+    prefill: Prefill = None,
+    report: Annotated[str | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Compare allocators at equal sparsity. --set takes ALLOCATOR.KEY=VALUE here."""
+    from acttail.allocate import get
+    from acttail.budget import check_target
+    from acttail.evaluate.compare import compare as run
+    from acttail.files import write_text
+    from acttail.prefill import PrefillPolicy
+    from acttail.text import read_text
+
+    targets = [check_target(s) for s in number_list(sparsity, "--sparsity")]
+    names = [name.strip() for name in allocator.split(",") if name.strip()]
+    arguments: dict[str, dict[str, str]] = {name: {} for name in names}
+    for key, value in settings(set_).items():
+        owner, dot, argument = key.partition(".")
+        if not dot or owner not in arguments:
+            raise ActTailError(f"--set takes ALLOCATOR.KEY=VALUE with one of {', '.join(names)}, got {key}")
+        arguments[owner][argument] = value
+    for name in names:
+        get(name).arguments(arguments[name])
+    PrefillPolicy.parse(prefill or "all")
+    content = read_text(text)
+    lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    with work("comparing") as progress:
+        rows = run(
+            lm, tokenizer, content, sparsities=targets, allocators=arguments, window=window,
+            tokens=tokens, stride=stride, prefill=prefill or "all", progress=progress,
+        )  # fmt: skip
+    if report:
+        from acttail.report import comparison_page
+
+        write_text(report, comparison_page(finite(rows)))
+    if json:
+        print_json(rows)
+        return
+    _print(rows)
+    if report:
+        out.print(f"report written to {report}")
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    first = rows[0]
+    table = Table(
+        title=f"{first['model']} on {first['text']}",
+        caption=f"{first['scored']:,} tokens scored, windows of {first['window']}, {first['dtype']}, "
+        f"prefill {first['prefill']}; ± is one standard error",
+    )
+    for heading in ("sparsity", "realised", "allocator", "perplexity", "÷ uniform"):
+        table.add_column(heading, justify="left" if heading == "allocator" else "right")
+    previous = None
+    for row in rows:
+        if previous is not None and row["sparsity"] != previous:
+            table.add_section()
+        previous = row["sparsity"]
+        ratio = row["ratio_to_uniform"]
+        table.add_row(
+            f"{row['sparsity']:g}",
+            f"{row['realised_sparsity']:.4f}",
+            row["allocator"] or "dense",
+            with_error(row["perplexity"], row["perplexity_stderr"]),
+            "" if ratio is None else f"{ratio:.3f}",
+        )
+    out.print(table)

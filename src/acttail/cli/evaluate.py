@@ -1,0 +1,88 @@
+"""`acttail eval`: perplexity of a model, dense or under a plan."""
+
+from typing import Annotated, Any
+
+import typer
+
+from acttail.cli.common import (
+    Dtype,
+    Json,
+    Model,
+    Prefill,
+    Stride,
+    TextName,
+    Tokens,
+    TrustRemoteCode,
+    Window,
+    load_model,
+    out,
+    print_json,
+    with_error,
+    work,
+)
+
+
+def evaluate(
+    model: Model,
+    text: TextName,
+    plan: Annotated[str | None, typer.Option(help="Plan file; dense without one.")] = None,
+    tokens: Tokens = None,
+    window: Window = 1024,
+    stride: Stride = None,
+    dtype: Dtype = "bfloat16",
+    prefill: Prefill = None,
+    save_nll: Annotated[
+        str | None, typer.Option(help="Write the per-token losses here (.npy or .safetensors).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of anything random; recorded.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Measure perplexity with its standard error, and what was realised of the plan."""
+    import torch
+
+    from acttail.evaluate.perplexity import perplexity
+    from acttail.evaluate.record import record, save_token_nll
+    from acttail.plan import SparsityPlan
+    from acttail.prefill import PrefillPolicy
+    from acttail.sparsify import sparsify_
+    from acttail.text import read_text
+
+    policy = PrefillPolicy.parse(prefill or "all")
+    loaded_plan = SparsityPlan.load(plan) if plan else None
+    content = read_text(text)
+    torch.manual_seed(seed)
+    lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    if loaded_plan is not None:
+        sparsify_(lm, loaded_plan, prefill=policy)
+    with work("evaluating") as progress:
+        result = perplexity(
+            lm, tokenizer, content, window=window, tokens=tokens, stride=stride,
+            prefill=prefill, progress=progress,
+        )  # fmt: skip
+    if save_nll:
+        save_token_nll(save_nll, result)
+    row = record(lm, result) | {"seed": seed}
+    if json:
+        print_json(row)
+    else:
+        _print(row)
+
+
+def _print(row: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, title=row["model"])
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("perplexity", with_error(row["perplexity"], row["perplexity_stderr"]))
+    allocator = row["allocator"] or "dense"
+    table.add_row("plan", allocator if row["allocator"] is None else f"{allocator}, sparsity {row['sparsity']:g}")
+    if row["realised_sparsity"]:
+        table.add_row("realised sparsity", f"{row['realised_sparsity']:.4f}")
+    traffic = row["bytes_per_token"]
+    table.add_row("bytes per token", f"{traffic['sparse'] / 1e6:,.1f} MB of {traffic['dense'] / 1e6:,.1f} MB dense")
+    table.add_row("text", f"{row['text']}, {row['scored']:,} tokens scored in {row['windows']} windows of {row['window']}")
+    table.add_row("protocol", f"{row['dtype']}, prefill {row['prefill']}, BOS {'added' if row['bos'] else 'not added'}")
+    table.add_row("seconds", f"{row['seconds']:.1f}")
+    out.print(table)

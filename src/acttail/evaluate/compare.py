@@ -1,0 +1,99 @@
+"""Dense and several allocators at several sparsities, on the same windows of the same text."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from acttail.allocate import AllocationContext, make_plan
+from acttail.checkpoint import LoadedWeights
+from acttail.evaluate.perplexity import PerplexityResult, clustered_mean, perplexity
+from acttail.evaluate.record import record
+from acttail.sparsify import densify_, sparsify_
+from acttail.text import Text
+
+Progress = Callable[[int, int], None]
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    text: Text,
+    *,
+    sparsities: Sequence[float],
+    allocators: Mapping[str, Mapping[str, Any]],
+    window: int = 1024,
+    tokens: int | None = None,
+    stride: int | None = None,
+    prefill: str = "all",
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate the dense model, then every allocator at every sparsity.
+
+    Args:
+        model: a dense causal LM; dense again afterwards, whatever happens.
+        tokenizer: its tokenizer.
+        text: the text to score.
+        sparsities: model sparsities.
+        allocators: name -> arguments.
+        window: tokens per window.
+        tokens: use only the first so many tokens.
+        stride: tokens between window starts.
+        prefill: the prefill policy.
+        progress: called with (windows done, windows in all).
+
+    Returns:
+        Records as of :func:`acttail.evaluate.record.record`, dense first, with ``ratio_to_uniform``
+        (perplexity over uniform's at the same sparsity, None if uniform was not run) and
+        ``nll_difference_to_uniform`` with its paired standard error.
+    """
+    densify_(model)
+    cells = 1 + len(sparsities) * len(allocators)
+    done = 0
+
+    def run() -> PerplexityResult:
+        nonlocal done
+
+        def step(i: int, n: int) -> None:
+            if progress is not None:
+                progress(done * n + i, cells * n)
+
+        result = perplexity(
+            model, tokenizer, text, window=window, tokens=tokens, stride=stride, prefill=prefill,
+            progress=step,
+        )  # fmt: skip
+        done += 1
+        return result
+
+    rows = [record(model, run()) | _against(None, None)]
+    context = AllocationContext(LoadedWeights(model))
+    for sparsity in sparsities:
+        results = []
+        for name, arguments in allocators.items():
+            plan = make_plan(model, sparsity, allocator=name, arguments=arguments, context=context)
+            sparsify_(model, plan, prefill=prefill, check_contents=False)
+            try:
+                result = run()
+                results.append((name, result, record(model, result)))
+            finally:
+                densify_(model)
+        uniform = next((r for name, r, _ in results if name == "uniform"), None)
+        rows += [row | _against(result, uniform) for _, result, row in results]
+    return rows
+
+
+def _against(result: PerplexityResult | None, uniform: PerplexityResult | None) -> dict[str, Any]:
+    if result is None or uniform is None or not math.isfinite(result.nll + uniform.nll):
+        return {
+            "ratio_to_uniform": None,
+            "nll_difference_to_uniform": None,
+            "nll_difference_stderr": None,
+        }
+    difference = result.token_nll - uniform.token_nll
+    mean, error = clustered_mean(difference, torch.isfinite(difference))
+    return {
+        "ratio_to_uniform": result.perplexity / uniform.perplexity,
+        "nll_difference_to_uniform": mean,
+        "nll_difference_stderr": error,
+    }
