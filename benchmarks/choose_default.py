@@ -15,7 +15,10 @@ import acttail
 from acttail.allocate import AllocationContext, make_plan
 from acttail.checkpoint import LoadedWeights
 
-TEXTS = {"wikitext-validation": str(common.WIKITEXT_VALIDATION), "python-docs": "python-docs:calibration"}
+TEXTS = {
+    "wikitext-validation": str(common.WIKITEXT_VALIDATION),
+    "python-docs": "python-docs:calibration",
+}
 
 
 def candidates():
@@ -25,7 +28,10 @@ def candidates():
         for epsilon in (0.1, 0.15, 0.2):
             yield "acttail", {**base, "granularity": "within-block", "epsilon": epsilon}
         for epsilon, within in ((0.05, 0.1), (0.05, 0.15), (0.1, 0.15)):
-            yield "acttail", {**base, "granularity": "two-level", "epsilon": epsilon, "epsilon_within": within}
+            yield (
+                "acttail",
+                {**base, "granularity": "two-level", "epsilon": epsilon, "epsilon_within": within},
+            )
         yield "acttail", {**base, "granularity": "block", "epsilon": 0.1}
         yield "acttail", {**base, "granularity": "projection", "epsilon": -0.1}
         yield "acttail", {**base, "granularity": "projection", "epsilon": 0.1}
@@ -49,13 +55,18 @@ def main():
     args = parser.parse_args()
     model, tokenizer = acttail.load(args.model, dtype="bfloat16")
     context = AllocationContext(LoadedWeights(model))
-    done = {(r["text"], r["allocator"], r["arguments"], r["sparsity"]) for r in common.rows("choose_default")}
+    done = {
+        (r["text"], r["allocator"], r["arguments"], r["sparsity"])
+        for r in common.rows("choose_default")
+    }
     for sparsity in (0.6, 0.7):
         for text, place in TEXTS.items():
             for allocator, arguments in candidates():
                 if (text, allocator, str(arguments), str(sparsity)) in done:
                     continue
-                plan = make_plan(model, sparsity, allocator=allocator, arguments=arguments, context=context)
+                plan = make_plan(
+                    model, sparsity, allocator=allocator, arguments=arguments, context=context
+                )
                 acttail.sparsify_(model, plan, check_contents=False)
                 result = acttail.perplexity(model, tokenizer, place, tokens=args.tokens)
                 acttail.densify_(model)

@@ -100,8 +100,6 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pre
     model = AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_(0, 0.02, generator=generator)
-        elif parameter.dim() == 3:
+        if name.endswith("bias") or parameter.dim() == 3:
             parameter.data.normal_(0, 0.02, generator=generator)
     return model.to(dtype).eval()

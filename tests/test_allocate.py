@@ -55,7 +55,9 @@ def test_budget_holds_for_every_allocator(seed, blocks, scale, target, name):
     assert plan.solved_sparsity == pytest.approx(target, abs=1e-3)
     costs = [p.cost for p in weights.projections]
     assert plan.solved_sparsity == pytest.approx(model_sparsity(values, costs))
-    assert all(p.k == max(1, int(p.d_in * (1 - p.sparsity) + 0.5)) for p in plan.projections.values())
+    assert all(
+        p.k == max(1, int(p.d_in * (1 - p.sparsity) + 0.5)) for p in plan.projections.values()
+    )
 
 
 @pytest.mark.parametrize("name", DATA_FREE)
@@ -95,18 +97,21 @@ def test_offsets_follow_the_formulas(llama):
 def test_signs(llama):
     """Importance: higher alpha sparser. Capacity: lower alpha sparser."""
     context = context_of(llama)
-    alphas = context.alphas("hill")
     for arguments, sign in (
         ({"granularity": "projection"}, 1),
         ({"granularity": "within-block"}, -1),
     ):
         plan = make_plan(llama, 0.5, arguments={**arguments, "epsilon": 0.1})
         s = np.array([p.sparsity for p in plan.projections.values()])
+        alphas = context.alphas("ks")
         x = alphas if sign > 0 else alphas - block_means(alphas, context.blocks)
         assert np.corrcoef(x, s)[0, 1] * sign > 0.99
+    alphas = context.alphas("hill")
     for name, sign in (("theory-capacity", -1), ("theory-importance", 1)):
         square = [i for i, p in enumerate(context.projections) if p.kind in "qo"]
-        s = np.array([p.sparsity for p in make_plan(llama, 0.5, allocator=name).projections.values()])
+        s = np.array(
+            [p.sparsity for p in make_plan(llama, 0.5, allocator=name).projections.values()]
+        )
         assert np.corrcoef(alphas[square], s[square])[0, 1] * sign > 0.9
 
 
@@ -123,7 +128,9 @@ def test_controls(llama):
     uniform = make_plan(llama, 0.37, allocator="uniform")
     assert {p.sparsity for p in uniform.projections.values()} == {0.37}
     depth = make_plan(llama, 0.5, allocator="depth", arguments={"epsilon": 0.2})
-    by_block = [{round(p.sparsity, 6) for p in depth.projections.values() if p.block == b} for b in range(3)]
+    by_block = [
+        {round(p.sparsity, 6) for p in depth.projections.values() if p.block == b} for b in range(3)
+    ]
     assert [len(s) for s in by_block] == [1, 1, 1]
     assert min(by_block[2]) - min(by_block[0]) == pytest.approx(0.4)
     kinds = {}

@@ -18,7 +18,15 @@ def test_round_trip(family, tmp_path):
     plan.save(tmp_path / "plan.json")
     assert SparsityPlan.load(tmp_path / "plan.json") == plan
     data = json.loads((tmp_path / "plan.json").read_text())
-    assert {"version", "model", "fingerprint", "allocator", "arguments", "sparsity", "projections"} <= set(data)
+    assert {
+        "version",
+        "model",
+        "fingerprint",
+        "allocator",
+        "arguments",
+        "sparsity",
+        "projections",
+    } <= set(data)
     for entry in data["projections"].values():
         assert {"sparsity", "k", "alpha"} <= set(entry)
 
@@ -66,17 +74,17 @@ def test_another_model_is_refused_by_its_first_difference(llama):
     ):
         with pytest.raises(PlanError, match=match):
             plan.check(LoadedWeights(other))
+    data = plan.to_dict()
+    data["projections"].popitem()
+    smaller = SparsityPlan.from_dict(data)
     with pytest.raises(PlanError, match="does not mention its projection"):
-        smaller = SparsityPlan.from_dict(
-            {**plan.to_dict(), "projections": dict(list(plan.to_dict()["projections"].items())[:-1])}
-        )
         smaller.check(LoadedWeights(llama))
 
 
 def test_one_changed_matrix_is_named(llama):
     plan = make_plan(llama, 0.5, allocator="uniform")
     llama.model.layers[2].mlp.down_proj.weight.data += 0.01 * torch.randn(48, 72)
-    with pytest.raises(PlanError, match="layers.2.mlp.down_proj differ"):
+    with pytest.raises(PlanError, match=r"layers\.2\.mlp\.down_proj differ"):
         plan.check(LoadedWeights(llama))
 
 

@@ -78,10 +78,16 @@ def test_not_a_decoder():
     with torch.device("meta"), pytest.raises(ModelError, match="encoder-decoder"):
         find_projections(T5ForConditionalGeneration(t5))
     bert = BertConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        vocab_size=30,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
     )
     bert.num_hidden_layers = 7
     with torch.device("meta"), pytest.raises(ModelError, match="no stack of 7"):
-        find_projections(BertForMaskedLM(BertConfig(**{**bert.to_dict(), "num_hidden_layers": 2})).apply(
-            lambda m: setattr(m, "config", bert) if isinstance(m, BertForMaskedLM) else None
-        ))
+        find_projections(
+            BertForMaskedLM(BertConfig(**{**bert.to_dict(), "num_hidden_layers": 2})).apply(
+                lambda m: setattr(m, "config", bert) if isinstance(m, BertForMaskedLM) else None
+            )
+        )

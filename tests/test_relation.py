@@ -18,7 +18,9 @@ from acttail.relation import (
 
 @given(st.floats(2.5, 8), st.floats(0.01, 0.9))
 def test_finite_approaches_asymptotic(alpha, tau):
-    assert sparsity_finite(alpha, tau, 200_000) == pytest.approx(sparsity_asymptotic(alpha, tau), abs=0.02)
+    assert sparsity_finite(alpha, tau, 200_000) == pytest.approx(
+        sparsity_asymptotic(alpha, tau), abs=0.02
+    )
 
 
 @given(st.floats(1.05, 8), st.floats(0.0, 1.0), st.integers(2, 500))
@@ -27,7 +29,9 @@ def test_kept_energy_is_what_was_asked(alpha, tau, size):
     density = density_for_energy(shares, 1 - tau)
     assert 0 <= density <= 1
     # The density's (interpolated) energy is 1 - tau.
-    assert np.interp(density * size, np.arange(size + 1), shares) == pytest.approx(1 - tau, abs=1e-9)
+    assert np.interp(density * size, np.arange(size + 1), shares) == pytest.approx(
+        1 - tau, abs=1e-9
+    )
 
 
 @given(st.floats(1.1, 6), st.floats(0.02, 3), st.floats(0.01, 0.9))

@@ -136,7 +136,9 @@ def test_compiles_without_graph_breaks(family):
     ids = ids_for(model)
     expected = logits(model, ids, use_cache=False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled, ids, use_cache=False), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(compiled, ids, use_cache=False), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -145,7 +147,9 @@ def test_compiles_with_inductor(llama):
     ids = ids_for(llama)
     expected = logits(llama, ids, use_cache=False)
     compiled = torch.compile(llama, fullgraph=True)
-    torch.testing.assert_close(logits(compiled, ids, use_cache=False), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(compiled, ids, use_cache=False), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_first_dense_and_last_fraction(llama):

@@ -19,7 +19,10 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: 
 
 def naive(row: list[float], k: int) -> list[float]:
     """The definition, on Python numbers: sort by (NaN first, magnitude descending, index)."""
-    order = sorted(range(len(row)), key=lambda j: (row[j] == row[j], -abs(row[j]) if row[j] == row[j] else 0, j))
+    order = sorted(
+        range(len(row)),
+        key=lambda j: (row[j] == row[j], -abs(row[j]) if row[j] == row[j] else 0, j),
+    )
     kept = set(order[:k])
     return [v if j in kept else 0.0 for j, v in enumerate(row)]
 
@@ -28,7 +31,9 @@ def same_bits(a, b):
     return torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
 
 
-special = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-40, -1e-40, float("inf"), float("-inf"), float("nan")])
+special = st.sampled_from(
+    [0.0, -0.0, 1.0, -1.0, 2.0, 1e-40, -1e-40, float("inf"), float("-inf"), float("nan")]
+)
 
 
 @given(st.lists(special | st.floats(width=32), min_size=1, max_size=40), st.data())

@@ -51,7 +51,7 @@ class ProjectionFit:
 def _digest(weight: torch.Tensor) -> str:
     data = weight.detach().to("cpu").contiguous()
     head = f"{_CACHE_VERSION} {tuple(data.shape)} {data.dtype}".encode()
-    return hashlib.sha256(head + b"\0" + memoryview(data.view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(head + b"\0" + data.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _spectrum(weight: torch.Tensor, form: str, folder: Path | None) -> torch.Tensor:

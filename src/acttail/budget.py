@@ -59,7 +59,10 @@ def solve(family: Callable[[float], Array], costs: npt.ArrayLike, target: float,
     """
     low, high = bracket
     w = np.asarray(costs, dtype=np.float64)
-    if model_sparsity(family(low), w) > target + 1e-9 or model_sparsity(family(high), w) < target - 1e-9:
+    if (
+        model_sparsity(family(low), w) > target + 1e-9
+        or model_sparsity(family(high), w) < target - 1e-9
+    ):
         reach = model_sparsity(family(low), w), model_sparsity(family(high), w)
         raise BudgetError(
             f"sparsity {target} is out of reach: this allocation spans {reach[0]:.4f} to {reach[1]:.4f}"
@@ -88,6 +91,8 @@ def solve_offsets(offsets: npt.ArrayLike, costs: npt.ArrayLike, target: float,
         offsets: [P], any finite numbers.
         costs: [P].
         target: model sparsity in [low, high].
+        low: densest a projection may be.
+        high: sparsest a projection may be.
 
     Returns:
         [P] sparsities in [low, high].
@@ -104,5 +109,5 @@ def solve_offsets(offsets: npt.ArrayLike, costs: npt.ArrayLike, target: float,
 
 
 def kept_entries(sparsity: float, d_in: int) -> int:
-    """k = max(1, floor(d (1 - s) + 1/2)), in float64, the number of input entries that stay."""
+    """K = max(1, floor(d (1 - s) + 1/2)), in float64, the number of input entries that stay."""
     return max(1, int(np.floor(np.float64(d_in) * (1.0 - np.float64(sparsity)) + 0.5)))

@@ -69,7 +69,9 @@ class SafetensorsWeights:
         """The weight, [d_out, d_in], in its stored dtype; experts stored apart are put together."""
         parts = self._parts.get(projection.parameter_name)
         if not parts:
-            raise ModelError(f"the checkpoint of {self.name} has no tensor for {projection.parameter_name}")
+            raise ModelError(
+                f"the checkpoint of {self.name} has no tensor for {projection.parameter_name}"
+            )
         if list(parts) == [""]:
             weight = self._read(parts[""][0], projection.expert)
         else:
@@ -96,7 +98,9 @@ class SafetensorsWeights:
                 # A copy, so that the file's mapping is dropped with it and memory stays bounded.
                 return tensor.clone()  # type: ignore[no-any-return]
         except Exception as error:
-            raise ModelError(f"cannot read {key} from {path}: {reason(error)}; fetch the file again") from error
+            raise ModelError(
+                f"cannot read {key} from {path}: {reason(error)}; fetch the file again"
+            ) from error
 
 
 def _shard_index(folder: Path) -> dict[str, Path]:
@@ -117,7 +121,9 @@ def _shard_index(folder: Path) -> dict[str, Path]:
     else:
         shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise ModelError(f"{folder} holds no safetensors; convert the checkpoint (pickle is not read)")
+        raise ModelError(
+            f"{folder} holds no safetensors; convert the checkpoint (pickle is not read)"
+        )
     located: dict[str, Path] = {}
     for shard in shards:
         if shard.resolve().parent != folder.resolve() and not shard.is_symlink():
@@ -126,7 +132,9 @@ def _shard_index(folder: Path) -> dict[str, Path]:
             with safe_open(shard, framework="pt") as file:
                 located.update(dict.fromkeys(file.keys(), shard))
         except Exception as error:
-            raise ModelError(f"cannot read {shard}: {reason(error)}; fetch the file again") from error
+            raise ModelError(
+                f"cannot read {shard}: {reason(error)}; fetch the file again"
+            ) from error
     return located
 
 
@@ -178,20 +186,22 @@ def _open_gguf(path: Path, modified: int) -> Any:
     """Parsing the header takes seconds in Python (4 s for 49,152 tokens), so the last one is kept."""
     from gguf import GGUFReader
 
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file")
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file")
         reader = GGUFReader(str(path))
-    except ModelError:
-        raise
     except Exception as error:
-        raise ModelError(f"cannot read {path}: it is truncated or damaged; fetch it again") from error
+        raise ModelError(
+            f"cannot read {path}: it is truncated or damaged; fetch it again"
+        ) from error
     size = path.stat().st_size
     for tensor in reader.tensors:
         if tensor.data_offset + tensor.n_bytes > size:
-            raise ModelError(f"cannot read {path}: it is truncated at tensor {tensor.name}; fetch it again")
+            raise ModelError(
+                f"cannot read {path}: it is truncated at tensor {tensor.name}; fetch it again"
+            )
     return reader
 
 
@@ -213,7 +223,9 @@ class GgufWeights:
         model = meta_model(config)
         self.projections = find_projections(model)
         architecture = reader.fields["general.architecture"].contents()
-        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(
+            config=config.to_dict()
+        )
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._sources: dict[str, list[str]] = defaultdict(list)
         for gguf_name, hf_name in get_gguf_hf_weights_map(model, self._processor).items():
@@ -228,7 +240,9 @@ class GgufWeights:
 
         names = sorted(self._sources.get(projection.parameter_name, []), key=lambda n: "_up" in n)
         if not names:
-            raise ModelError(f"the GGUF of {self.name} has no tensor for {projection.parameter_name}")
+            raise ModelError(
+                f"the GGUF of {self.name} has no tensor for {projection.parameter_name}"
+            )
         parts = []
         for name in names:
             tensor = self._tensors[name]

@@ -46,7 +46,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary = None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ActTailError(f"cannot write {target}: {reason}; check the folder, its rights and free space") from error
+        raise ActTailError(
+            f"cannot write {target}: {reason}; check the folder, its rights and free space"
+        ) from error
     finally:
         if temporary is not None:
             with suppress(OSError):

@@ -65,7 +65,9 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Model
     name = os.fspath(model)
     if name in _ALIASES:
         package, file, hub_id = _ALIASES[name]
-        spec = importlib.util.find_spec(package)  # found without importing: its imports may be absent
+        spec = importlib.util.find_spec(
+            package
+        )  # found without importing: its imports may be absent
         for folder in (spec.submodule_search_locations or []) if spec else []:
             if (Path(folder) / file).exists():
                 return ModelSource(f"{name} (GGUF Q4_1)", "gguf", Path(folder) / file)
@@ -113,7 +115,9 @@ def _quiet_transformers() -> Iterator[None]:
 def _load_error(source: ModelSource, error: BaseException) -> ModelError:
     if source.kind == "hub":
         remedy = "check the id and the network, or give a local folder or GGUF file"
-        return ModelError(f"cannot load {source.name} from the Hugging Face Hub ({reason(error)}); {remedy}")
+        return ModelError(
+            f"cannot load {source.name} from the Hugging Face Hub ({reason(error)}); {remedy}"
+        )
     remedy = "the file may be truncated or damaged; fetch it again"
     return ModelError(f"cannot load {source.path}: {reason(error)}; {remedy}")
 
@@ -127,7 +131,9 @@ def _hub_reachable() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+    if any(
+        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    ):
         return True  # the proxy resolves names
     try:
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
@@ -149,7 +155,9 @@ def hub_arguments(source: ModelSource) -> dict[str, Any]:
     try:
         cached = try_to_load_from_cache(str(source.hub_id), "config.json", revision=source.revision)
     except Exception as error:
-        raise ModelError(f"{source.name!r} is neither a path nor a Hub id ({reason(error)})") from error
+        raise ModelError(
+            f"{source.name!r} is neither a path nor a Hub id ({reason(error)})"
+        ) from error
     if not isinstance(cached, str):
         raise ModelError(
             f"no model {source.name!r}: it is not a file or folder here, not in the Hub's cache, and "
@@ -180,7 +188,9 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     _check_gguf(source)
     try:
         with _quiet_transformers():
-            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **arguments)
+            config = AutoConfig.from_pretrained(
+                where, trust_remote_code=trust_remote_code, **arguments
+            )
     except Exception as error:
         raise _load_error(source, error) from error
     _check_decoder(source, config)

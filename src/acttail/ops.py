@@ -10,13 +10,15 @@ import torch
 
 from acttail.backends import cpu, reference
 
-_library = torch.library.Library("acttail", "DEF")
-_library.define("topk_mask(Tensor x, int k) -> Tensor")
+_library = torch.library.Library("acttail", "DEF")  # type: ignore[no-untyped-call]
+_library.define("topk_mask(Tensor x, int k) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _check(x: torch.Tensor, k: int) -> None:
     if x.dim() == 0 or not 1 <= k <= x.shape[-1]:
-        raise ValueError(f"topk_mask keeps 1 <= k <= d entries, got k={k} for shape {tuple(x.shape)}")
+        raise ValueError(
+            f"topk_mask keeps 1 <= k <= d entries, got k={k} for shape {tuple(x.shape)}"
+        )
 
 
 def _any_device(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -29,11 +31,11 @@ def _cpu(x: torch.Tensor, k: int) -> torch.Tensor:
     return cpu.topk_mask(x, k) if cpu.supports(x) else reference.topk_mask(x, k)
 
 
-_library.impl("topk_mask", _any_device, "CompositeExplicitAutograd")
-_library.impl("topk_mask", _cpu, "CPU")
+_library.impl("topk_mask", _any_device, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("topk_mask", _cpu, "CPU")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("acttail::topk_mask", lib=_library)
+@torch.library.register_fake("acttail::topk_mask", lib=_library)  # type: ignore[untyped-decorator]
 def _fake(x: torch.Tensor, k: int) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -323,7 +323,9 @@ def build_plan(
             **(asdict(fit) if fit is not None else {}),
         )  # fmt: skip
     if sparsity is None:
-        sparsity = model_sparsity([e.sparsity for e in entries.values()], [e.cost for e in entries.values()])
+        sparsity = model_sparsity(
+            [e.sparsity for e in entries.values()], [e.cost for e in entries.values()]
+        )
     return SparsityPlan(
         model=weights.name, fingerprint=fingerprint(projections), allocator=allocator,
         arguments=dict(arguments), sparsity=sparsity, projections=entries, created_with=created_with(),

@@ -86,7 +86,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if config is None:
         raise ModelError(f"{type(model).__name__} is not a transformers model (it has no config)")
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; acttail takes decoders only")
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder; acttail takes decoders only"
+        )
     get_decoder = getattr(model, "get_decoder", None)
     root = get_decoder() if callable(get_decoder) else None
     root = model if root is None else root
@@ -117,14 +119,22 @@ def _experts_per_token(model: nn.Module, path: str, experts: int) -> int:
     for depth in range(len(parts) - 1, 0, -1):
         holder = model.get_submodule(".".join(parts[:depth]))
         for candidate in (holder, *(child for _, child in holder.named_children())):
-            top_k = getattr(candidate, "top_k", None) or getattr(candidate, "num_experts_per_tok", None)
+            top_k = getattr(candidate, "top_k", None) or getattr(
+                candidate, "num_experts_per_tok", None
+            )
             if isinstance(top_k, int):
                 return min(top_k, experts)
         if depth < len(parts) - 2:
             break
     config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts"):
+    for key in (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_top_k",
+        "top_k_experts",
+    ):
         top_k = getattr(text_config, key, None)
         if isinstance(top_k, int):
             return min(top_k, experts)
@@ -175,7 +185,9 @@ def _block_projections(
         if listed:
             experts = len(list(model.get_submodule(listed[1]).children()))
             cost *= _experts_per_token(model, listed[1], experts) / experts
-        yield Projection(path, block, _kind(path), d_in, d_out, cost, path, "weight", None, transposed)
+        yield Projection(
+            path, block, _kind(path), d_in, d_out, cost, path, "weight", None, transposed
+        )
 
 
 def _stacked(model: nn.Module, path: str, block: int, module: nn.Module) -> Iterator[Projection]:
@@ -227,7 +239,9 @@ def find_projections(model: nn.Module) -> list[Projection]:
     for index, block in enumerate(stack):
         in_block = list(_block_projections(model, f"{stack_path}.{index}", index, block))
         if not in_block:
-            raise ModelError(f"no linear projection found in block {index} of {type(model).__name__}")
+            raise ModelError(
+                f"no linear projection found in block {index} of {type(model).__name__}"
+            )
         found += in_block
     groups: dict[str, list[str]] = defaultdict(list)
     for projection in found:

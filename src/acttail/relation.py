@@ -12,7 +12,7 @@ Array = npt.NDArray[np.float64]
 
 
 def rank_exponent(alpha: float) -> float:
-    """p = 1 / (alpha - 1), the exponent of the rank-size form.
+    """P = 1 / (alpha - 1), the exponent of the rank-size form.
 
     Raises:
         ValueError: alpha <= 1, for which no density exists.
@@ -67,13 +67,15 @@ def density_for_energy(shares: Array, kept: float) -> float:
 
 
 def sparsity_asymptotic(alpha: float, tau: float) -> float:
-    """s = 1 - (1 - tau)^((alpha - 1) / (alpha - 2)), the limit of many directions.
+    """S = 1 - (1 - tau)^((alpha - 1) / (alpha - 2)), the limit of many directions.
 
     Raises:
         ValueError: alpha <= 2, where the limit does not exist; use :func:`sparsity_finite`.
     """
     if not alpha > 2:
-        raise ValueError(f"the asymptotic relation needs alpha > 2, got {alpha}; use the finite one")
+        raise ValueError(
+            f"the asymptotic relation needs alpha > 2, got {alpha}; use the finite one"
+        )
     return float(1.0 - (1.0 - tau) ** ((alpha - 1.0) / (alpha - 2.0)))
 
 
@@ -93,4 +95,4 @@ def reflect(alphas: npt.ArrayLike) -> Array:
     more extreme than the spectra that were measured, and none falls to 1.
     """
     values = np.asarray(alphas, dtype=np.float64)
-    return np.maximum(2 * values.mean() - values, values.min() * (1 + 1e-6))
+    return np.asarray(np.maximum(2 * values.mean() - values, values.min() * (1 + 1e-6)))

@@ -51,7 +51,7 @@ class SparseState:
 def _select(
     x: torch.Tensor, k: int, state: SparseState, name: str, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x with the dropped entries zeroed, in the rows that are sparse.
+    """X with the dropped entries zeroed, in the rows that are sparse.
 
     Args:
         x: [..., d].
@@ -103,7 +103,7 @@ class SparseModule:
         return f"{super().extra_repr()}, k={self.acttail_k}"  # type: ignore[misc]
 
 
-class SparseLinear(SparseModule, nn.Linear):  # type: ignore[misc]
+class SparseLinear(SparseModule, nn.Linear):
     """nn.Linear that keeps the k largest entries of each input vector."""
 
 
@@ -126,7 +126,7 @@ class SparseExperts:
         """
         output = torch.zeros_like(hidden_states)
         entry = "gate_up_proj" if self.has_gate else "up_proj"  # type: ignore[attr-defined]
-        for expert in top_k_index.unique().tolist():
+        for expert in torch.unique(top_k_index).tolist():
             if expert >= self.num_experts:  # type: ignore[attr-defined]
                 continue  # the slot of a token that goes nowhere
             token, slot = torch.where(top_k_index == expert)
@@ -152,7 +152,7 @@ class SparseExperts:
 
 
 @functools.cache
-def _sparse_class(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
+def _sparse_class(cls: Any, mixin: type) -> Any:
     if cls is nn.Linear:
         return SparseLinear
     return type(f"Sparse{cls.__name__}", (mixin, cls), {"__module__": __name__})
@@ -175,7 +175,9 @@ def entry_hook(state: SparseState, model: nn.Module) -> Any:
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
-            raise ActTailError(f"the prefill policy {state.policy} needs input_ids or inputs_embeds")
+            raise ActTailError(
+                f"the prefill policy {state.policy} needs input_ids or inputs_embeds"
+            )
         state.rows = state.policy.sparse_rows(
             tokens.shape[0], tokens.shape[1], past_length(given.get("past_key_values")),
             given.get("attention_mask"),
@@ -252,7 +254,9 @@ def _check_experts(path: str, module: nn.Module) -> None:
     if not hasattr(module, "has_gate") and parameters[:3] != [
         "hidden_states", "top_k_index", "top_k_weights",
     ]:  # fmt: skip
-        raise ModelError(f"the experts {path} ({type(module).__name__}) are of a form acttail cannot run")
+        raise ModelError(
+            f"the experts {path} ({type(module).__name__}) are of a form acttail cannot run"
+        )
 
 
 def _note_in_config(model: nn.Module, state: SparseState) -> None:

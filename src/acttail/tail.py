@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from acttail.errors import SpectrumError
@@ -17,8 +18,9 @@ RANDOM_LIKE_ALPHA = 6.0
 # 1 % point of sqrt(n) * D when the exponent was fitted to the same data: the log of a Pareto variable
 # is exponential, so this is Lilliefors' table for the exponential (1969).
 _REJECTED = 1.25
-# Rows of the KS candidate table worked at a time: bounds its memory to 32 MB per 4,096 eigenvalues.
-_CANDIDATE_ROWS = 1024
+# Rows of the KS candidate table worked at a time: bounds it to 4 MB for 4,096 eigenvalues, and what
+# lies before a row's own tail is skipped.
+_CANDIDATE_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -72,22 +74,24 @@ def _ks(values: torch.Tensor, start: int, alpha: float) -> float:
 
 def _candidates(values: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Alpha and KS distance with the tail starting at each index of `starts`, vectorised."""
-    n_all = values.numel()
-    logs = torch.log(values)
-    suffix = torch.flip(torch.cumsum(torch.flip(logs, [0]), 0), [0])
-    sizes = n_all - starts
-    totals = suffix[starts] - sizes * logs[starts]
-    alphas = 1 + sizes / totals.clamp(min=1e-300)
-    distances = torch.empty(starts.numel(), dtype=torch.float64)
-    index = torch.arange(n_all)
-    for row in range(0, starts.numel(), _CANDIDATE_ROWS):
-        at = starts[row : row + _CANDIDATE_ROWS, None]  # [rows, 1]
-        size = sizes[row : row + _CANDIDATE_ROWS, None]
-        exponent = (1 - alphas[row : row + _CANDIDATE_ROWS])[:, None]
-        fitted = 1 - torch.exp(exponent * (logs - logs[at]))  # [rows, N]
-        gap = ((index - at) / size - fitted).abs()
-        distances[row : row + _CANDIDATE_ROWS] = gap.masked_fill(index < at, 0).amax(1)
-    return alphas, distances
+    # numpy: on rows this short, waking torch's threads costs more than the arithmetic.
+    logs, first = np.log(values.numpy()), starts.numpy()
+    count = len(logs)
+    suffix = np.cumsum(logs[::-1])[::-1]
+    sizes = count - first
+    alphas = 1 + sizes / np.maximum(suffix[first] - sizes * logs[first], 1e-300)
+    distances = np.empty(len(first))
+    index = np.arange(count)
+    for row in range(0, len(first), _CANDIDATE_ROWS):
+        part = slice(row, row + _CANDIDATE_ROWS)
+        lowest = first[part].min()
+        at = first[part, None]  # [rows, 1]
+        # Before a row's own start the exponent is positive; it is masked out below, but must not overflow.
+        exponent = np.minimum((1 - alphas[part, None]) * (logs[lowest:] - logs[at]), 0)
+        fitted = 1 - np.exp(exponent)  # [rows, N - lowest]
+        gap = np.abs((index[lowest:] - at) / sizes[part, None] - fitted)
+        distances[part] = np.where(index[lowest:] < at, 0, gap).max(1)
+    return torch.from_numpy(alphas), torch.from_numpy(distances)
 
 
 def _fit_at(values: torch.Tensor, start: int, flag: str | None, *, stderr: bool = True) -> TailFit:
@@ -114,7 +118,9 @@ def _degenerate(values: torch.Tensor, flag: str | None) -> TailFit | None:
         return TailFit(None, float(values[0]), None, n, None, f"too few eigenvalues to fit ({n})")
     if float(values[0]) == float(values[-1]):
         n = values.numel()
-        return TailFit(None, float(values[0]), None, n, None, "flat spectrum: all eigenvalues equal")
+        return TailFit(
+            None, float(values[0]), None, n, None, "flat spectrum: all eigenvalues equal"
+        )
     return None
 
 
@@ -176,7 +182,9 @@ def fit_peak(eigenvalues: torch.Tensor) -> TailFit:
     starts = torch.nonzero((values >= 0.95 * peak) & (values <= 1.5 * peak)).flatten()
     starts = starts[starts < values.numel() - 1]
     if starts.numel() == 0:
-        return _fit_at(values, values.numel() // 2, "no eigenvalue near the peak; hill used instead")
+        return _fit_at(
+            values, values.numel() // 2, "no eigenvalue near the peak; hill used instead"
+        )
     return _least_distance(values, starts, flag)
 
 

@@ -6,6 +6,7 @@ names that every Python installation can serve: ``python-docs:calibration``, ``p
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,22 @@ def _python_docs(name: str) -> str:
     def calibrates(topic: str) -> bool:
         return hashlib.sha256(topic.encode()).digest()[0] % 5 < 2
 
-    chosen = [
-        body
-        for topic, body in sorted(topics.items())
-        if not part or calibrates(topic) == (part == "calibration")
-    ]
-    return "\n\n".join(chosen)
+    halves: dict[bool, list[str]] = {True: [], False: []}
+    for topic, body in sorted(topics.items()):
+        halves[calibrates(topic)] += [p.strip("\n") for p in re.split(r"\n{2,}", body) if p.strip()]
+    if not part:
+        return "\n\n".join(halves[True] + halves[False])
+    if part == "score":
+        return "\n\n".join(halves[False])
+    # Some topics quote each other: what is scored is taken out of the calibration half.
+    scored = set(halves[False])
+    return "\n\n".join(p for p in halves[True] if p not in scored)
 
 
 def _folder(path: Path) -> str:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md") and p.is_file())
+    files = sorted(
+        p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md") and p.is_file()
+    )
     if not files:
         raise TextError(f"the folder {path} holds no .txt or .md file")
     return "\n\n".join(_file(p) for p in files)
@@ -61,7 +68,9 @@ def _file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise TextError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
 
@@ -77,15 +86,21 @@ def _dataset(name: str) -> str:
     column = rest[1] if len(rest) > 1 else "text"
     parts = place.split("/")
     local = Path(place).exists()
-    path, config = (place, None) if local or len(parts) < 3 else ("/".join(parts[:2]), "/".join(parts[2:]))
+    path, config = (
+        (place, None) if local or len(parts) < 3 else ("/".join(parts[:2]), "/".join(parts[2:]))
+    )
     try:
         rows: Any = datasets.load_dataset(path, config, split=split)
     except Exception as error:
         from acttail.models import reason
 
-        raise TextError(f"cannot load the dataset {place}, split {split}: {reason(error)}") from error
+        raise TextError(
+            f"cannot load the dataset {place}, split {split}: {reason(error)}"
+        ) from error
     if column not in rows.column_names:
-        raise TextError(f"the dataset {place} has no column {column!r}; it has {', '.join(rows.column_names)}")
+        raise TextError(
+            f"the dataset {place} has no column {column!r}; it has {', '.join(rows.column_names)}"
+        )
     return "\n\n".join(str(value) for value in rows[column] if value)
 
 
@@ -125,7 +140,9 @@ def tokenize(text: Text, tokenizer: Any) -> torch.Tensor:
 
     A window gets a BOS of its own where the tokenizer adds one; see :func:`windows`.
     """
-    ids = tokenizer(text.content, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids = tokenizer(
+        text.content, add_special_tokens=False, return_attention_mask=False, verbose=False
+    )
     return torch.tensor(ids["input_ids"], dtype=torch.int64)
 
 
@@ -139,7 +156,12 @@ def bos_of(tokenizer: Any) -> int | None:
 
 
 def windows(
-    ids: torch.Tensor, window: int, tokens: int | None, stride: int | None, bos: int | None, name: str
+    ids: torch.Tensor,
+    window: int,
+    tokens: int | None,
+    stride: int | None,
+    bos: int | None,
+    name: str,
 ) -> torch.Tensor:
     """Cut a token string into windows of equal length.
 
@@ -168,7 +190,9 @@ def windows(
         raise TextError(f"the stride must be from 1 to the window's {body} tokens, got {stride}")
     if tokens is not None:
         if tokens < window:
-            raise TextError(f"{tokens} tokens are fewer than one window of {window}; raise --tokens or lower --window")
+            raise TextError(
+                f"{tokens} tokens are fewer than one window of {window}; raise --tokens or lower --window"
+            )
         # Counted in window tokens, BOS included, so that 16,384 tokens are 16 windows of 1,024.
         ids = ids[: (tokens // window) * body if stride is None else tokens]
     if ids.numel() < body:

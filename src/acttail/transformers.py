@@ -19,7 +19,7 @@ METHOD = "acttail"
 
 
 @register_quantization_config(METHOD)
-class ActTailConfig(QuantizationConfigMixin):
+class ActTailConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """A plan and its prefill policy, as transformers stores them in config.json.
 
     Args:
@@ -34,7 +34,7 @@ class ActTailConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(METHOD)
-class ActTailQuantizer(HfQuantizer):
+class ActTailQuantizer(HfQuantizer):  # type: ignore[misc]
     """Makes the modules sparse before the weights arrive, and checks the weights afterwards."""
 
     requires_calibration = False

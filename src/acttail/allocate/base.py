@@ -96,7 +96,9 @@ class Allocator:
         for key, value in given.items():
             if key not in self.defaults:
                 known = ", ".join(self.defaults) or "none"
-                raise ActTailError(f"allocator {self.name} has no argument {key!r}; it takes: {known}")
+                raise ActTailError(
+                    f"allocator {self.name} has no argument {key!r}; it takes: {known}"
+                )
             kind = type(self.defaults[key])
             try:
                 merged[key] = kind(value)

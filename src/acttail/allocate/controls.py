@@ -10,12 +10,16 @@ from acttail.allocate.base import AllocationContext, Allocator, Array, unit
 from acttail.budget import check_target, solve_offsets
 
 
-def allocate_uniform(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+def allocate_uniform(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Array:
     """[P] the same sparsity everywhere."""
     return np.full(len(context.projections), check_target(sparsity))
 
 
-def allocate_depth(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+def allocate_depth(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Array:
     """[P] a sparsity linear in the block's index: o = eps * u(block)."""
     wanted = arguments["epsilon"] * unit(context.blocks.astype(np.float64))
     return solve_offsets(wanted, context.costs, sparsity)
@@ -30,20 +34,26 @@ def _with_alphas(
     return solve_offsets(wanted, context.costs, sparsity)
 
 
-def allocate_permuted(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+def allocate_permuted(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Array:
     """[P] ActTail's rule on alphas dealt out at random over the projections."""
     alphas = context.alphas(arguments["estimator"])
     shuffled = np.random.default_rng(arguments["seed"]).permutation(alphas)
     return _with_alphas(context, sparsity, arguments, shuffled)
 
 
-def allocate_reversed(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+def allocate_reversed(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Array:
     """[P] ActTail's rule with the opposite sign: each alpha reflected about the mean."""
     alphas = context.alphas(arguments["estimator"])
     return _with_alphas(context, sparsity, arguments, 2 * alphas.mean() - alphas)
 
 
-def allocate_per_type(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+def allocate_per_type(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Array:
     """[P] one sparsity per kind: o = eps * u(mean alpha of the kind)."""
     alphas = context.alphas(arguments["estimator"])
     kinds = [p.kind for p in context.projections]

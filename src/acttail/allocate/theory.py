@@ -37,7 +37,9 @@ def _equal_energy(shares: list[Array], costs: Array, sparsity: float) -> Array:
     return solve(family, costs, sparsity, (-1.0, _LARGEST_EXPONENT))
 
 
-def allocate_theory(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+def allocate_theory(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Array:
     """[P] sparsities s(alpha_i, tau) with one tau for the model.
 
     Raises:
@@ -56,7 +58,9 @@ def allocate_theory(context: AllocationContext, sparsity: float, arguments: Mapp
     return _equal_energy(shares, context.costs, sparsity)
 
 
-def allocate_energy(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+def allocate_energy(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Array:
     """[P] sparsities at which every matrix keeps the same share of its own measured energy."""
     found = context.eigenvalues()
     flat = np.ones(2)
@@ -68,7 +72,9 @@ def allocate_energy(context: AllocationContext, sparsity: float, arguments: Mapp
 
 
 def _with_sign(sign: str) -> Callable[[AllocationContext, float, Mapping[str, Any]], Array]:
-    def allocate(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+    def allocate(
+        context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+    ) -> Array:
         return allocate_theory(context, sparsity, {**arguments, "sign": sign})
 
     return allocate

@@ -93,9 +93,7 @@ def topk_mask(x: torch.Tensor, k: int) -> torch.Tensor:
     rows = x.numel() // columns if columns else 0
     threads = torch.get_num_threads()
     if x.dtype == torch.float32:
-        code = library.acttail_topk_mask_f32(
-            x.data_ptr(), y.data_ptr(), rows, columns, k, threads
-        )
+        code = library.acttail_topk_mask_f32(x.data_ptr(), y.data_ptr(), rows, columns, k, threads)
     else:
         code = library.acttail_topk_mask_16(
             x.data_ptr(), y.data_ptr(), rows, columns, k, _INFINITY_16[x.dtype], threads

@@ -15,7 +15,7 @@ _BITS = {
 
 
 def magnitude_keys(x: torch.Tensor) -> torch.Tensor:
-    """Integers that order like \\|x\\|, with NaN above infinity and all NaNs equal.
+    """Integers that order like the magnitude of x, with NaN above infinity and all NaNs equal.
 
     Args:
         x: any shape, float64, float32, bfloat16 or float16.

@@ -7,9 +7,8 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from acttail._version import __version__
@@ -51,6 +50,12 @@ def _root(
         os.environ["ACTTAIL_DEBUG"] = "1"
 
 
+def _usage(error: Any) -> str:
+    """One line for a wrong command line, with where to read more."""
+    command = getattr(getattr(error, "ctx", None), "command_path", "acttail")
+    return f"{error.format_message()} See: {command} --help"
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
     # Unwinds the stack, so that temporary files are removed.
     raise SystemExit(128 + number)
@@ -61,15 +66,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Exit as done:
-        code = done.exit_code
-    except click.UsageError as error:
-        error.show()
-        code = 2
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted; nothing half-written was left behind\n")
         code = 130
     except BrokenPipeError:
@@ -80,6 +77,17 @@ def main() -> None:
         code = fail(str(error), 2, error)
     except MemoryError as error:
         code = fail("out of memory; use a smaller --window or --dtype bfloat16", 1, error)
+    except typer.Exit as done:
+        code = done.exit_code
     except Exception as error:
-        code = fail(f"internal error: {type(error).__name__}: {error} (run with --debug, and report it)", 1, error)
+        # Usage errors come from click, which newer releases of typer carry inside: told by their form.
+        if callable(getattr(error, "show", None)) and isinstance(
+            getattr(error, "exit_code", None), int
+        ):
+            sys.exit(fail(_usage(error), error.exit_code, error))  # type: ignore[attr-defined]
+        code = fail(
+            f"internal error: {type(error).__name__}: {error} (run with --debug, and report it)",
+            1,
+            error,
+        )
     sys.exit(code if isinstance(code, int) else 0)

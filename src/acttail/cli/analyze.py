@@ -11,7 +11,9 @@ from acttail.cli.common import Json, Model, out, print_json, work
 def analyze(
     model: Model,
     estimator: Annotated[str, typer.Option(help="hill, ks, peak or farms.")] = "hill",
-    output: Annotated[str | None, typer.Option("-o", "--output", help="Write the JSON here.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Write the JSON here.")
+    ] = None,
     json: Json = False,
     cache: Annotated[bool, typer.Option(help="Keep spectra in the cache folder.")] = True,
 ) -> None:

@@ -22,20 +22,26 @@ _SHOW_AFTER_SECONDS = 2.0
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-Model = Annotated[str, typer.Argument(help="Hub id, folder, GGUF file, or smollm2-135m.", metavar="MODEL")]
+Model = Annotated[
+    str, typer.Argument(help="Hub id, folder, GGUF file, or smollm2-135m.", metavar="MODEL")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32, float16, or auto.")]
 Window = Annotated[int, typer.Option(help="Tokens per window.")]
 Tokens = Annotated[int | None, typer.Option(help="Use only the first N tokens of the text.", min=2)]
-Stride = Annotated[int | None, typer.Option(help="Tokens between window starts (no overlap by default).")]
+Stride = Annotated[
+    int | None, typer.Option(help="Tokens between window starts (no overlap by default).")
+]
 Prefill = Annotated[
     str | None, typer.Option(help="all, first_dense=N, last_fraction=F, or decode_only.")
 ]
 TextName = Annotated[
-    str, typer.Option("--text", help="File, folder, python-docs:score, or hf:DATASET[/CONFIG][:SPLIT].")
+    str,
+    typer.Option("--text", help="File, folder, python-docs:score, or hf:DATASET[/CONFIG][:SPLIT]."),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set an allocator's argument.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set an allocator's argument."),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code shipped in the model's repository.")
@@ -86,9 +92,7 @@ class Work:
             )  # fmt: skip
             self._task = self._progress.add_task(self.description, total=total)
             self._progress.start()
-        self._progress.update(
-            self._task, completed=done, total=total, description=self.description
-        )
+        self._progress.update(self._task, completed=done, total=total, description=self.description)
 
     def close(self) -> None:
         """Remove the bar."""

@@ -41,7 +41,9 @@ def compare(
     stride: Stride = None,
     dtype: Dtype = "bfloat16",
     prefill: Prefill = None,
-    report: Annotated[str | None, typer.Option(help="Also write a self-contained HTML page.")] = None,
+    report: Annotated[
+        str | None, typer.Option(help="Also write a self-contained HTML page.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
@@ -59,7 +61,9 @@ def compare(
     for key, value in settings(set_).items():
         owner, dot, argument = key.partition(".")
         if not dot or owner not in arguments:
-            raise ActTailError(f"--set takes ALLOCATOR.KEY=VALUE with one of {', '.join(names)}, got {key}")
+            raise ActTailError(
+                f"--set takes ALLOCATOR.KEY=VALUE with one of {', '.join(names)}, got {key}"
+            )
         arguments[owner][argument] = value
     for name in names:
         get(name).arguments(arguments[name])

@@ -23,7 +23,11 @@ def doctor(json: Json = False) -> None:
     table.add_column(overflow="fold")
     for key, value in report.items():
         if key != "problems":
-            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            shown = (
+                ", ".join(f"{k} {v}" for k, v in value.items())
+                if isinstance(value, dict)
+                else value
+            )
             table.add_row(key.replace("_", " "), str(shown))
     out.print(table)
     for problem in report["problems"]:

@@ -77,12 +77,24 @@ def _print(row: dict[str, Any]) -> None:
     table.add_column()
     table.add_row("perplexity", with_error(row["perplexity"], row["perplexity_stderr"]))
     allocator = row["allocator"] or "dense"
-    table.add_row("plan", allocator if row["allocator"] is None else f"{allocator}, sparsity {row['sparsity']:g}")
+    table.add_row(
+        "plan",
+        allocator if row["allocator"] is None else f"{allocator}, sparsity {row['sparsity']:g}",
+    )
     if row["realised_sparsity"]:
         table.add_row("realised sparsity", f"{row['realised_sparsity']:.4f}")
     traffic = row["bytes_per_token"]
-    table.add_row("bytes per token", f"{traffic['sparse'] / 1e6:,.1f} MB of {traffic['dense'] / 1e6:,.1f} MB dense")
-    table.add_row("text", f"{row['text']}, {row['scored']:,} tokens scored in {row['windows']} windows of {row['window']}")
-    table.add_row("protocol", f"{row['dtype']}, prefill {row['prefill']}, BOS {'added' if row['bos'] else 'not added'}")
+    table.add_row(
+        "bytes per token",
+        f"{traffic['sparse'] / 1e6:,.1f} MB of {traffic['dense'] / 1e6:,.1f} MB dense",
+    )
+    table.add_row(
+        "text",
+        f"{row['text']}, {row['scored']:,} tokens scored in {row['windows']} windows of {row['window']}",
+    )
+    table.add_row(
+        "protocol",
+        f"{row['dtype']}, prefill {row['prefill']}, BOS {'added' if row['bos'] else 'not added'}",
+    )
     table.add_row("seconds", f"{row['seconds']:.1f}")
     out.print(table)

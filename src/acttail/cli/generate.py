@@ -24,7 +24,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     plan: Annotated[str | None, typer.Option(help="Plan file; dense without one.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 128,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Wrap the prompt in the chat template.")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.", min=0, max=1)] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -78,7 +80,9 @@ def generate(
         return
     sys.stdout.flush()
     how = f"sparsity {state.plan.sparsity:g}" if state else "dense"
-    err.print(f"[dim]{len(new)} tokens, {len(new) / seconds:.1f} tokens/s with prefill, transformers, {how}[/dim]")
+    err.print(
+        f"[dim]{len(new)} tokens, {len(new) / seconds:.1f} tokens/s with prefill, transformers, {how}[/dim]"
+    )
 
 
 def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:

@@ -14,7 +14,9 @@ from acttail.errors import ActTailError, PlanError
 def plan(
     model: Annotated[
         str,
-        typer.Argument(help="Hub id, folder, GGUF file, or smollm2-135m; or the word diff.", metavar="MODEL"),
+        typer.Argument(
+            help="Hub id, folder, GGUF file, or smollm2-135m; or the word diff.", metavar="MODEL"
+        ),
     ],
     others: Annotated[
         list[str] | None, typer.Argument(metavar="[A B]", help="After diff: two plan files.")
@@ -28,7 +30,9 @@ def plan(
     calibration_text: Annotated[
         str | None, typer.Option(help="Text that a calibrated allocator may see.")
     ] = None,
-    output: Annotated[str | None, typer.Option("-o", "--output", help="Write the plan here.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Write the plan here.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a plan: one sparsity per projection that together meet the requested model sparsity.
@@ -80,7 +84,11 @@ def _from_file(model: str, path: str, sparsity: float | None) -> Any:
     if not isinstance(given, dict):
         raise PlanError(f"{path} must hold one object {{projection: sparsity}}")
     made = build_plan(
-        as_weights(model), given, sparsity=None, allocator="from-file", arguments={"from": Path(path).name}
+        as_weights(model),
+        given,
+        sparsity=None,
+        allocator="from-file",
+        arguments={"from": Path(path).name},
     )
     if sparsity is not None and abs(made.solved_sparsity - sparsity) > 1e-3:
         raise PlanError(
@@ -109,7 +117,11 @@ def _print_plan(made: Any) -> None:
     for kind, entries in _by_kind(made).items():
         values = [e.sparsity for e in entries]
         table.add_row(
-            kind, str(len(values)), f"{_mean(values):.3f}", f"{min(values):.3f}", f"{max(values):.3f}"
+            kind,
+            str(len(values)),
+            f"{_mean(values):.3f}",
+            f"{min(values):.3f}",
+            f"{max(values):.3f}",
         )
     out.print(table)
     arguments = ", ".join(f"{key}={value}" for key, value in made.arguments.items()) or "none"
@@ -125,7 +137,7 @@ def _diff(a: str, b: str, *, json: bool) -> None:
         only = sorted(set(left.projections) ^ set(right.projections))
         what = f"only one has {only[0]}" if only else "their shapes differ"
         raise PlanError(f"{a} and {b} are for different models: {what}")
-    records = [
+    records: list[dict[str, Any]] = [
         {
             "projection": name, "a": entry.sparsity, "b": right.projections[name].sparsity,
             "difference": round(right.projections[name].sparsity - entry.sparsity, 9),
@@ -141,16 +153,31 @@ def _diff(a: str, b: str, *, json: bool) -> None:
     for heading in ("", "A", "B", "B − A"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row("allocator", left.allocator, right.allocator, "")
-    table.add_row("requested", f"{left.sparsity:.3f}", f"{right.sparsity:.3f}", f"{right.sparsity - left.sparsity:+.3f}")
+    table.add_row(
+        "requested",
+        f"{left.sparsity:.3f}",
+        f"{right.sparsity:.3f}",
+        f"{right.sparsity - left.sparsity:+.3f}",
+    )
     difference = right.realised_sparsity - left.realised_sparsity
-    table.add_row("realised", f"{left.realised_sparsity:.4f}", f"{right.realised_sparsity:.4f}", f"{difference:+.4f}")
+    table.add_row(
+        "realised",
+        f"{left.realised_sparsity:.4f}",
+        f"{right.realised_sparsity:.4f}",
+        f"{difference:+.4f}",
+    )
     kinds = _by_kind(right)
     for kind, entries in _by_kind(left).items():
         x, y = _mean([e.sparsity for e in entries]), _mean([e.sparsity for e in kinds[kind]])
         table.add_row(f"mean {kind}", f"{x:.3f}", f"{y:.3f}", f"{y - x:+.3f}")
     table.add_section()
     for record in sorted(records, key=lambda r: -abs(r["difference"]))[:20]:
-        table.add_row(record["projection"], f"{record['a']:.3f}", f"{record['b']:.3f}", f"{record['difference']:+.3f}")
+        table.add_row(
+            record["projection"],
+            f"{record['a']:.3f}",
+            f"{record['b']:.3f}",
+            f"{record['difference']:+.3f}",
+        )
     out.print(table)
     if len(records) > 20:
         out.print(f"the 20 largest differences of {len(records)} are shown; --json prints all")

@@ -155,12 +155,16 @@ def perplexity(
         state.policy if state else PrefillPolicy())  # fmt: skip
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and window > limit:
-        raise TextError(f"a window of {window} tokens is longer than the model's context of {limit}")
+        raise TextError(
+            f"a window of {window} tokens is longer than the model's context of {limit}"
+        )
     bos = bos_of(tokenizer)
     batches = windows(tokenize(text, tokenizer), window, tokens, stride, bos, text.name)
     vocabulary = model.get_input_embeddings().num_embeddings
     if int(batches.max()) >= vocabulary:
-        raise TextError(f"the tokenizer gives ids beyond the model's {vocabulary} embeddings; they do not match")
+        raise TextError(
+            f"the tokenizer gives ids beyond the model's {vocabulary} embeddings; they do not match"
+        )
     step = stride or window - (bos is not None)
     losses = torch.full((len(batches), window - 1), float("nan"))
     rows = _rows_of(policy, window)
@@ -188,7 +192,7 @@ def perplexity(
         mean, error = math.nan, None
     else:
         mean, error = clustered_mean(losses, mask)
-    value = math.exp(mean) if mean < 700 else math.inf
+    value = math.inf if mean >= 700 else math.exp(mean)  # exp overflows above 709
     return PerplexityResult(
         perplexity=value, perplexity_stderr=None if error is None else value * error,
         nll=mean, nll_stderr=error, tokens=batches.numel(), scored=int(mask.sum()),

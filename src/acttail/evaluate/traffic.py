@@ -34,7 +34,9 @@ def token_bytes(model: Any, plan: SparsityPlan | None = None) -> TokenBytes:
         plan: the plan it runs under, None for dense.
     """
     weights = LoadedWeights(model)
-    size = {p.name: model.get_parameter(p.parameter_name).element_size() for p in weights.projections}
+    size = {
+        p.name: model.get_parameter(p.parameter_name).element_size() for p in weights.projections
+    }
     dense = sum(p.cost * size[p.name] for p in weights.projections)
     sparse = dense if plan is None else sum(
         p.cost * size[p.name] * plan.projections[p.name].k / p.d_in for p in weights.projections

@@ -1,5 +1,6 @@
 """Inline SVG line charts: small, readable in print and in the dark, with a text alternative."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -27,7 +28,7 @@ def _spread(positions: Sequence[float]) -> list[float]:
     """Move labels apart, keeping their order."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     placed = list(positions)
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in itertools.pairwise(order):
         placed[after] = max(placed[after], placed[before] + _LABEL_GAP)
     return placed
 
@@ -73,8 +74,12 @@ def line_chart(
     ]
     for tick in _log_ticks(low, high):
         y = py(tick)
-        out.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        out.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        out.append(
+            f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
     for x in sorted(set(xs)):
         out.append(
             f'<text class="tick" x="{px(x):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{x:.2g}</text>'
@@ -88,8 +93,12 @@ def line_chart(
     )
     if reference:
         y = py(reference[1])
-        out.append(f'<line class="reference" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text class="tick" x="{_LEFT + 6}" y="{y - 5:.1f}">{escape(reference[0])}</text>')
+        out.append(
+            f'<line class="reference" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        out.append(
+            f'<text class="tick" x="{_LEFT + 6}" y="{y - 5:.1f}">{escape(reference[0])}</text>'
+        )
     drawn = [(label, sorted(line)) for label, line in series.items() if line]
     labels = _spread([py(line[-1][1]) for _, line in drawn])
     for i, ((label, line), label_y) in enumerate(zip(drawn, labels, strict=True)):

@@ -37,4 +37,6 @@ def comparison_page(rows: Sequence[dict[str, Any]]) -> str:
         reference=reference,
     )
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    return environment.get_template("comparison.html.j2").render(rows=rows, dense=dense, chart=chart)
+    return environment.get_template("comparison.html.j2").render(
+        rows=rows, dense=dense, chart=chart
+    )
