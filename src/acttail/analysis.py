@@ -51,7 +51,10 @@ class ProjectionFit:
 def _digest(weight: torch.Tensor) -> str:
     data = weight.detach().to("cpu").contiguous()
     head = f"{_CACHE_VERSION} {tuple(data.shape)} {data.dtype}".encode()
-    return hashlib.sha256(head + b"\0" + data.view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(head)
+    array: Any = data.view(torch.uint8).numpy()
+    digest.update(array)  # in place: a copy would double what a large matrix holds
+    return digest.hexdigest()
 
 
 def _spectrum(weight: torch.Tensor, form: str, folder: Path | None) -> torch.Tensor:

@@ -151,8 +151,12 @@ class SparseExperts:
         return F.linear(masked, weight, None if bias is None else bias[expert])
 
 
+def _sparse_class(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
+    return _made_class(cls, mixin)  # type: ignore[no-any-return, arg-type]
+
+
 @functools.cache
-def _sparse_class(cls: Any, mixin: type) -> Any:
+def _made_class(cls: Any, mixin: type) -> Any:
     if cls is nn.Linear:
         return SparseLinear
     return type(f"Sparse{cls.__name__}", (mixin, cls), {"__module__": __name__})

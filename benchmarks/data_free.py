@@ -1,0 +1,123 @@
+"""The table of docs/results.md: data-free allocators and controls on WikiText-2 test.
+
+SmolLM2-135M, the first 16,384 tokens, windows of 1,024, every token sparse. Appends to data_free.csv
+and skips what is there, so it can be stopped and resumed; then rewrites the table in
+docs/results.md.
+
+    python benchmarks/data_free.py [--table-only]
+"""
+
+import argparse
+import math
+
+import common
+import torch
+
+import acttail
+from acttail.allocate import AllocationContext, make_plan
+from acttail.checkpoint import LoadedWeights
+from acttail.evaluate.perplexity import clustered_mean
+from acttail.text import read_text
+
+SPARSITIES = (0.4, 0.5, 0.6, 0.7)
+ALLOCATORS = {
+    "uniform": {}, "acttail": {}, "theory-capacity": {}, "theory-importance": {}, "depth": {},
+    "permuted": {}, "reversed": {}, "per-type": {}, "energy": {},
+}  # fmt: skip
+TOKENS, WINDOW = 16384, 1024
+RESULTS = common.HERE.parent / "docs" / "results.md"
+BEGIN, END = "<!-- data_free: begin -->", "<!-- data_free: end -->"
+
+
+def measure():
+    done = {(r["allocator"], r["sparsity"]) for r in common.rows("data_free")}
+    model, tokenizer = acttail.load("smollm2-135m", dtype="bfloat16")
+    text = read_text(common.WIKITEXT_TEST)
+    context = AllocationContext(LoadedWeights(model))
+
+    def run(name, sparsity, uniform):
+        result = acttail.perplexity(model, tokenizer, text, tokens=TOKENS, window=WINDOW)
+        paired = (None, None)
+        if uniform is not None:
+            difference = result.token_nll - uniform.token_nll
+            paired = clustered_mean(difference, torch.isfinite(difference))
+        common.append("data_free", {
+            "model": "smollm2-135m GGUF Q4_1", "text": text.name, "tokens": result.tokens, "window": WINDOW,
+            "dtype": result.dtype, "prefill": result.prefill, "bos": result.bos, "allocator": name,
+            "arguments": "" if name == "dense" else str(plan.arguments), "sparsity": sparsity,
+            "realised_sparsity": round(result.realised.model, 6) if result.realised else 0.0,
+            "perplexity": round(result.perplexity, 4), "perplexity_stderr": round(result.perplexity_stderr, 4),
+            "nll": round(result.nll, 6), "nll_minus_uniform": paired[0] and round(paired[0], 5),
+            "nll_minus_uniform_stderr": paired[1] and round(paired[1], 5),
+        })  # fmt: skip
+        print(name, sparsity, round(result.perplexity, 2), flush=True)
+        return result
+
+    if ("dense", "0") not in done:
+        run("dense", 0, None)
+    for sparsity in SPARSITIES:
+        uniform = None
+        for name, arguments in ALLOCATORS.items():
+            if (name, str(sparsity)) in done:
+                continue
+            plan = make_plan(model, sparsity, allocator=name, arguments=arguments, context=context)
+            if uniform is None and name != "uniform":
+                flat = make_plan(model, sparsity, allocator="uniform", context=context)
+                acttail.sparsify_(model, flat, check_contents=False)
+                uniform = acttail.perplexity(model, tokenizer, text, tokens=TOKENS, window=WINDOW)
+            acttail.sparsify_(model, plan, check_contents=False)
+            result = run(name, sparsity, uniform)
+            uniform = result if name == "uniform" else uniform
+            acttail.densify_(model)
+
+
+def table() -> str:
+    latest = {(r["allocator"], float(r["sparsity"])): r for r in common.rows("data_free")}
+    dense = latest["dense", 0.0]
+    lines = [
+        f"Dense: {float(dense['perplexity']):.2f} ± {float(dense['perplexity_stderr']):.2f}. "
+        "Each cell: perplexity ± standard error (realised sparsity); in brackets the change against "
+        "uniform, with its paired standard error, in per cent of perplexity.",
+        "",
+        "| allocator | " + " | ".join(f"S = {s}" for s in SPARSITIES) + " |",
+        "|---" * (len(SPARSITIES) + 1) + "|",
+    ]
+    for name in ALLOCATORS:
+        cells = []
+        for s in SPARSITIES:
+            r = latest.get((name, s))
+            if r is None:
+                cells.append("–")
+                continue
+            p, e = float(r["perplexity"]), float(r["perplexity_stderr"])
+            digits = 1 if p < 1000 else 0
+            cell = f"{p:,.{digits}f} ± {e:,.{digits}f} ({float(r['realised_sparsity']):.4f})"
+            if r["nll_minus_uniform"]:
+                d, de = float(r["nll_minus_uniform"]), float(r["nll_minus_uniform_stderr"])
+                change = 100 * (math.exp(d) - 1)
+                spread = 100 * math.exp(d) * de
+                cell += f" [{change:+,.0f} ± {spread:,.0f} %]" if abs(change) > 100 else f" [{change:+.1f} ± {spread:.1f} %]"
+            cells.append(cell)
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    verdicts = []
+    for s in SPARSITIES:
+        a, d = latest.get(("acttail", s)), latest.get(("depth", s))
+        if a and d:
+            x, y = float(a["perplexity"]), float(d["perplexity"])
+            verdicts.append(f"at {s} it {'beats' if x < y else 'loses to'} `depth` ({x:.1f} against {y:.1f})")
+    lines += ["", "Does `acttail` beat the `depth` control? " + "; ".join(verdicts) + "."]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table-only", action="store_true")
+    if not parser.parse_args().table_only:
+        measure()
+    page = RESULTS.read_text()
+    head, tail = page.split(BEGIN)[0], page.split(END)[1]
+    RESULTS.write_text(f"{head}{BEGIN}\n{table()}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What does the exact TopK mask cost in evaluation? Sparse over dense forward, by turns.
+
+One window of 1,024 tokens of SmolLM2-135M per pass, native kernels, the reference, and the naive
+`kthvalue` mask that research code uses. Appends to mask_overhead.csv.
+
+    python benchmarks/mask_overhead.py [--rounds 7]
+"""
+
+import argparse
+
+import common
+import torch
+from timing import by_turns, ratio
+
+import acttail
+from acttail.projections import find_projections
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    for dtype in ("bfloat16", "float32"):
+        dense, _ = acttail.load("smollm2-135m", dtype=dtype)
+        sparse, _ = acttail.load("smollm2-135m", dtype=dtype)
+        naive, _ = acttail.load("smollm2-135m", dtype=dtype)
+        plan = acttail.make_plan(dense, 0.5)
+        acttail.sparsify_(sparse, plan)
+        for p in find_projections(naive):
+            k = plan.projections[p.name].k
+
+            def mask(module, inputs, k=k):
+                x = inputs[0]
+                magnitude = x.abs().float()
+                threshold = magnitude.kthvalue(x.shape[-1] - k + 1, dim=-1, keepdim=True).values
+                return (x * (magnitude >= threshold),)
+
+            naive.get_submodule(p.module).register_forward_pre_hook(mask)
+        ids = torch.randint(0, 49152, (1, 1024), generator=torch.Generator().manual_seed(0))
+
+        with torch.inference_mode():
+            seconds = by_turns(
+                {name: (lambda m=m: m(input_ids=ids, use_cache=False))
+                 for name, m in (("dense", dense), ("sparse", sparse), ("naive", naive))},
+                args.rounds,
+            )  # fmt: skip
+        for name in ("sparse", "naive"):
+            r = ratio(seconds, name, "dense")
+            print(dtype, name, "over dense", r)
+            common.append("mask_overhead", {
+                "model": "smollm2-135m GGUF Q4_1", "dtype": dtype, "tokens": 1024, "what": f"{name} / dense",
+                **{f"ratio_{k}": v for k, v in r.items()}, "rounds": args.rounds,
+                "dense_seconds_median": round(sorted(seconds["dense"])[args.rounds // 2], 3),
+            })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
