@@ -96,7 +96,11 @@ def table() -> str:
                 d, de = float(r["nll_minus_uniform"]), float(r["nll_minus_uniform_stderr"])
                 change = 100 * (math.exp(d) - 1)
                 spread = 100 * math.exp(d) * de
-                cell += f" [{change:+,.0f} ± {spread:,.0f} %]" if abs(change) > 100 else f" [{change:+.1f} ± {spread:.1f} %]"
+                cell += (
+                    f" [{change:+,.0f} ± {spread:,.0f} %]"
+                    if abs(change) > 100
+                    else f" [{change:+.1f} ± {spread:.1f} %]"
+                )
             cells.append(cell)
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     verdicts = []
@@ -104,7 +108,9 @@ def table() -> str:
         a, d = latest.get(("acttail", s)), latest.get(("depth", s))
         if a and d:
             x, y = float(a["perplexity"]), float(d["perplexity"])
-            verdicts.append(f"at {s} it {'beats' if x < y else 'loses to'} `depth` ({x:.1f} against {y:.1f})")
+            verdicts.append(
+                f"at {s} it {'beats' if x < y else 'loses to'} `depth` ({x:.1f} against {y:.1f})"
+            )
     lines += ["", "Does `acttail` beat the `depth` control? " + "; ".join(verdicts) + "."]
     return "\n".join(lines)
 

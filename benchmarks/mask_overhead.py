@@ -40,7 +40,7 @@ def main():
 
         with torch.inference_mode():
             seconds = by_turns(
-                {name: (lambda m=m: m(input_ids=ids, use_cache=False))
+                {name: (lambda m=m, ids=ids: m(input_ids=ids, use_cache=False))
                  for name, m in (("dense", dense), ("sparse", sparse), ("naive", naive))},
                 args.rounds,
             )  # fmt: skip

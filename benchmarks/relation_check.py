@@ -13,7 +13,7 @@ import numpy as np
 from acttail.relation import rank_exponent, sparsity_asymptotic, sparsity_finite
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SIZE, TAUS = 256, (0.05, 0.2, 0.5)
 
@@ -43,7 +43,9 @@ def main():
             lost = lost_energy(alpha, tau, seed=0)
             s = sparsity_finite(alpha, tau, SIZE)
             axes.plot(alpha, s, "o", color=colour, ms=4)
-            print(f"alpha {alpha} tau {tau}: s = {s:.4f}, energy lost in a planted matrix {lost:.6f}")
+            print(
+                f"alpha {alpha} tau {tau}: s = {s:.4f}, energy lost in a planted matrix {lost:.6f}"
+            )
             common.append("relation_check", {
                 "alpha": alpha, "tau": tau, "size": SIZE, "sparsity": round(s, 6),
                 "lost_energy": round(lost, 8),

@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable
 
 
-def by_turns(things: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def by_turns(
+    things: dict[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each thing in each round, every round running all of them, order alternating."""
     for _ in range(warmup):
         for run in things.values():

@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 // Raised by one whenever a signature below changes.
-#define ACTTAIL_ABI 1
+#define ACTTAIL_ABI 2
 
 enum acttail_status {
   ACTTAIL_OK = 0,
@@ -41,6 +41,13 @@ ACTTAIL_API int acttail_topk_mask_f32(const float* x, float* y, int64_t rows, in
 // 0x7F80 for bfloat16, 0x7C00 for IEEE half.
 ACTTAIL_API int acttail_topk_mask_16(const uint16_t* x, uint16_t* y, int64_t rows, int64_t columns,
                                      int64_t k, uint16_t infinity, int threads);
+
+// Adds to sums[i, g], for each of `vectors` matrices v[i], the sum over rows of half the square of
+// the partial sum of v[i][r, j] * x[r, j] over the dropped[g] entries of row r that TopK would drop
+// first. x and every v[i] are [rows, columns]; dropped ascends; sums is [vectors, points].
+ACTTAIL_API int acttail_curves_f32(const float* x, const float* const* v, int64_t vectors,
+                                   int64_t rows, int64_t columns, const int64_t* dropped,
+                                   int64_t points, double* sums, int threads);
 
 #ifdef __cplusplus
 }

@@ -224,7 +224,7 @@ def test_counters_see_what_was_dropped(family):
 def test_a_new_plan_replaces_the_old(llama):
     sparsify_(llama, make_plan(llama, 0.5))
     sparsify_(llama, make_plan(llama, 0.25, allocator="uniform"))
-    assert llama.model.layers[0].self_attn.q_proj.acttail_k == 36
+    assert llama.model.layers[0].self_attn.q_proj.acttail_rule.k == 36
     assert type(llama.model.layers[0].self_attn.q_proj) is SparseLinear
     assert "k=36" in repr(llama.model.layers[0].self_attn.q_proj)
     assert type(densify_(llama).model.layers[0].self_attn.q_proj) is nn.Linear

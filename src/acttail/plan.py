@@ -21,6 +21,7 @@ from acttail.checkpoint import WeightSource
 from acttail.errors import BudgetError, PlanError
 from acttail.files import write_json
 from acttail.projections import Projection
+from acttail.rules import NAMES as RULES
 
 VERSION = 1
 # Entries sampled per matrix for the content sketch.
@@ -49,6 +50,9 @@ class ProjectionPlan:
         tail_size: number of eigenvalues in the tail.
         stderr: standard error of alpha.
         flag: what to know about the fit.
+        threshold: magnitude below which an entry is dropped, for the rule ``threshold``; None leaves
+            the projection dense.
+        p: share of the L1 norm that stays, for the rule ``top-p``.
     """
 
     sparsity: float
@@ -65,6 +69,8 @@ class ProjectionPlan:
     tail_size: int | None = None
     stderr: float | None = None
     flag: str | None = None
+    threshold: float | None = None
+    p: float | None = None
 
     @property
     def realised_sparsity(self) -> float:
@@ -84,6 +90,9 @@ class SparsityPlan:
         sparsity: requested model sparsity.
         projections: name -> :class:`ProjectionPlan`.
         created_with: versions of acttail, torch and transformers.
+        rule: which entries stay: ``topk`` (the k largest), ``wina`` (the k largest by magnitude times
+            column norm), ``threshold`` or ``top-p``; under the last two, k is what calibration
+            expected on average.
         version: of this format.
     """
 
@@ -94,6 +103,7 @@ class SparsityPlan:
     sparsity: float
     projections: dict[str, ProjectionPlan]
     created_with: dict[str, str] = field(default_factory=dict)
+    rule: str = "topk"
     version: int = VERSION
 
     @property
@@ -135,6 +145,8 @@ class SparsityPlan:
         data = dict(data)
         data.pop("realised_sparsity", None)
         _check_keys(data, cls, "the plan")
+        if data.get("rule", "topk") not in RULES:
+            raise PlanError(f"the plan's rule {data['rule']!r} is not one of {', '.join(RULES)}")
         if not isinstance(data["projections"], dict) or not data["projections"]:
             raise PlanError("the plan lists no projections")
         projections = {}
@@ -207,7 +219,7 @@ class SparsityPlan:
 
 
 _ORDER = (
-    "version", "model", "fingerprint", "allocator", "arguments", "sparsity", "realised_sparsity",
+    "version", "model", "fingerprint", "allocator", "arguments", "rule", "sparsity", "realised_sparsity",
     "created_with", "projections",
 )  # fmt: skip
 
@@ -217,7 +229,18 @@ def _check_keys(data: Mapping[str, Any], cls: type, where: str) -> None:
     unknown = sorted(set(data) - known)
     if unknown:
         raise PlanError(f"{where} has the unknown key {unknown[0]!r}")
-    optional = {"created_with", "alpha", "xmin", "ks_distance", "tail_size", "stderr", "flag"}
+    optional = {
+        "created_with",
+        "alpha",
+        "xmin",
+        "ks_distance",
+        "tail_size",
+        "stderr",
+        "flag",
+        "rule",
+        "threshold",
+        "p",
+    }
     missing = sorted(known - optional - set(data))
     if missing:
         raise PlanError(f"{where} lacks the key {missing[0]!r}")
@@ -289,6 +312,8 @@ def build_plan(
     allocator: str,
     arguments: Mapping[str, Any],
     fits: Mapping[str, Any] | None = None,
+    rule: str = "topk",
+    extras: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> SparsityPlan:
     """Put solved sparsities, fits and the model's identity into a plan.
 
@@ -298,7 +323,9 @@ def build_plan(
         sparsity: the requested model sparsity; None takes the cost-weighted mean of the given ones.
         allocator: name of the rule.
         arguments: the rule's arguments.
-        fits: projection name -> TailFit the rule used.
+        fits: projection name -> TailFit the allocator used.
+        rule: which entries stay; see :class:`SparsityPlan`.
+        extras: projection name -> further fields of its entry (threshold, p).
 
     Raises:
         PlanError: a projection is missing or unknown.
@@ -320,7 +347,7 @@ def build_plan(
         entries[p.name] = ProjectionPlan(
             sparsity=round(s, 9), k=kept_entries(s, p.d_in), d_in=p.d_in, d_out=p.d_out,
             block=p.block, kind=p.kind, cost=p.cost, sketch=sketch(weights.weight(p)),
-            **(asdict(fit) if fit is not None else {}),
+            **(asdict(fit) if fit is not None else {}), **(extras[p.name] if extras else {}),
         )  # fmt: skip
     if sparsity is None:
         sparsity = model_sparsity(
@@ -328,5 +355,5 @@ def build_plan(
         )
     return SparsityPlan(
         model=weights.name, fingerprint=fingerprint(projections), allocator=allocator,
-        arguments=dict(arguments), sparsity=sparsity, projections=entries, created_with=created_with(),
+        arguments=dict(arguments), sparsity=sparsity, projections=entries, created_with=created_with(), rule=rule,
     )  # fmt: skip

@@ -8,7 +8,7 @@ identical, and `densify_` gives back exactly what was there.
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,10 +20,10 @@ from torch import nn
 from acttail.budget import model_sparsity
 from acttail.checkpoint import LoadedWeights
 from acttail.errors import ActTailError, ModelError, PlanError
-from acttail.ops import topk_mask
 from acttail.plan import SparsityPlan
 from acttail.prefill import PrefillPolicy, past_length
-from acttail.projections import is_stacked_experts
+from acttail.projections import Projection, is_stacked_experts
+from acttail.rules import Rule, ScaledTopK, Threshold, TopK, TopP
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,6 +37,8 @@ class SparseState:
         policy: which tokens are sparse.
         rows: for the pass under way: True (all), False (none) or [batch, tokens] bool.
         counts: projection name -> [entries kept, entries seen] while counting, else None.
+        probe: while calibrating, sees each projection's input instead of the rule and returns what
+            the projection is given; else None.
         handle: the model's hook, for policies that need to see each pass.
     """
 
@@ -44,29 +46,34 @@ class SparseState:
     policy: PrefillPolicy
     rows: torch.Tensor | bool = True
     counts: dict[str, list[int]] | None = None
+    probe: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     handle: Any = None
     config_owned: bool = field(default=False)
 
 
 def _select(
-    x: torch.Tensor, k: int, state: SparseState, name: str, index: torch.Tensor | None = None
+    x: torch.Tensor, rule: Rule, state: SparseState, name: str, index: torch.Tensor | None = None
 ) -> torch.Tensor:
     """X with the dropped entries zeroed, in the rows that are sparse.
 
     Args:
         x: [..., d].
-        k: entries to keep.
+        rule: which entries stay.
         state: the model's state.
         name: the projection's name, for counting.
         index: the tokens that x's rows come from, where a router has picked some.
     """
+    if state.probe is not None:
+        return state.probe(name, x)
     d = x.shape[-1]
     rows = state.rows
-    sparse: int | torch.Tensor = x.numel() // d
     if rows is True:
-        y = topk_mask(x, k)
-    elif rows is False:
-        y, sparse = x, 0
+        y = rule(x)
+        if state.counts is not None:
+            _count(state.counts[name], rule.kept(x, y), x.numel())
+        return y
+    if rows is False:
+        y, kept = x, x.numel()
     else:
         assert isinstance(rows, torch.Tensor)  # noqa: S101
         flat = rows.reshape(-1).to(x.device)
@@ -77,30 +84,35 @@ def _select(
                 f"sees {x.numel() // d} rows for {flat.numel()} tokens; use the policy 'all'"
             )
         keep = flat.reshape(*x.shape[:-1], 1)
-        y, sparse = torch.where(keep, topk_mask(x, k), x), flat.sum()
+        y, kept = torch.where(keep, rule(x), x), 0
+        if state.counts is not None:
+            some = x.reshape(-1, d)[flat]
+            kept = rule.kept(some, some) + (flat.numel() - some.shape[0]) * d
     if state.counts is not None:
-        seen = x.numel() // d
-        counts = state.counts[name]
-        counts[0] += int(sparse) * k + (seen - int(sparse)) * d
-        counts[1] += seen * d
+        _count(state.counts[name], kept, x.numel())
     return y
+
+
+def _count(counts: list[int], kept: int, seen: int) -> None:
+    counts[0] += kept
+    counts[1] += seen
 
 
 class SparseModule:
     """Mix-in of a linear module whose input is masked first."""
 
-    acttail_k: int
+    acttail_rule: Rule
     acttail_name: str
     acttail_state: SparseState
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The original linear map of the masked input: [..., d_in] -> [..., d_out]."""
-        masked = _select(x, self.acttail_k, self.acttail_state, self.acttail_name)
+        masked = _select(x, self.acttail_rule, self.acttail_state, self.acttail_name)
         return super().forward(masked)  # type: ignore[misc, no-any-return]
 
     def extra_repr(self) -> str:
-        """The original description with k appended."""
-        return f"{super().extra_repr()}, k={self.acttail_k}"  # type: ignore[misc]
+        """The original description with the rule appended."""
+        return f"{super().extra_repr()}, {self.acttail_rule}"  # type: ignore[misc]
 
 
 class SparseLinear(SparseModule, nn.Linear):
@@ -110,7 +122,7 @@ class SparseLinear(SparseModule, nn.Linear):
 class SparseExperts:
     """Mix-in of transformers' stacked experts: each expert masks its inputs with its own k."""
 
-    acttail_ks: dict[str, list[int]]
+    acttail_rules: dict[str, list[Rule]]
     acttail_name: str
     acttail_state: SparseState
 
@@ -143,7 +155,7 @@ class SparseExperts:
         self, parameter: str, expert: int, x: torch.Tensor, token: torch.Tensor
     ) -> torch.Tensor:
         name = f"{self.acttail_name}.{parameter}.{expert}"
-        masked = _select(x, self.acttail_ks[parameter][expert], self.acttail_state, name, token)
+        masked = _select(x, self.acttail_rules[parameter][expert], self.acttail_state, name, token)
         weight = getattr(self, parameter)[expert]
         if getattr(self, "is_transposed", False):
             weight = weight.T
@@ -229,27 +241,41 @@ def sparsify_(
     weights = LoadedWeights(model)
     plan.check(weights, contents=check_contents)
     state = SparseState(plan, policy)
-    stacked: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    plain: list[tuple[nn.Module, str, int]] = []
+    stacked: dict[str, dict[str, list[Rule]]] = defaultdict(lambda: defaultdict(list))
+    plain: list[tuple[nn.Module, str, Rule]] = []
     for p in weights.projections:
         module = model.get_submodule(p.module)
+        rule = _rule_of(plan, weights, p)
         if is_stacked_experts(module):
             _check_experts(p.module, module)
-            stacked[p.module][p.parameter].append(plan.projections[p.name].k)
+            stacked[p.module][p.parameter].append(rule)
         else:
-            plain.append((module, p.name, plan.projections[p.name].k))
-    for module, name, k in plain:
+            plain.append((module, p.name, rule))
+    for module, name, rule in plain:
         _swap_class(module, _sparse_class(type(module), SparseModule))
-        vars(module).update(acttail_k=k, acttail_name=name, acttail_state=state)
-    for path, ks in stacked.items():
+        vars(module).update(acttail_rule=rule, acttail_name=name, acttail_state=state)
+    for path, rules in stacked.items():
         module = model.get_submodule(path)
         _swap_class(module, _sparse_class(type(module), SparseExperts))
-        vars(module).update(acttail_ks=dict(ks), acttail_name=path, acttail_state=state)
+        vars(module).update(acttail_rules=dict(rules), acttail_name=path, acttail_state=state)
     if policy.name != "all":
         state.handle = entry_hook(state, model)
     vars(model)["acttail_state"] = state
     _note_in_config(model, state)
     return model
+
+
+def _rule_of(plan: SparsityPlan, weights: LoadedWeights, projection: Projection) -> Rule:
+    entry = plan.projections[projection.name]
+    match plan.rule:
+        case "wina" if entry.k < entry.d_in:
+            norms = weights.weight(projection).float().norm(dim=0)  # [d_in]
+            return ScaledTopK(entry.k, norms)
+        case "threshold" if entry.threshold is not None:
+            return Threshold(entry.threshold)
+        case "top-p" if entry.p is not None:
+            return TopP(entry.p)
+    return TopK(entry.k)
 
 
 def _check_experts(path: str, module: nn.Module) -> None:
@@ -289,7 +315,7 @@ def densify_(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, SparseModule | SparseExperts):
             _swap_class(module, type(module).__bases__[1])
-            for key in ("acttail_k", "acttail_ks", "acttail_name", "acttail_state"):
+            for key in ("acttail_rule", "acttail_rules", "acttail_name", "acttail_state"):
                 vars(module).pop(key, None)
     if state.handle is not None:
         state.handle.remove()

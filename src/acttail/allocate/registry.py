@@ -6,6 +6,7 @@ from typing import Any
 from acttail.allocate.acttail import ACTTAIL
 from acttail.allocate.base import AllocationContext, Allocator
 from acttail.allocate.controls import DEPTH, PER_TYPE, PERMUTED, REVERSED, UNIFORM
+from acttail.allocate.sensitivity import SENSITIVITY
 from acttail.allocate.theory import ENERGY, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE
 from acttail.analysis import Progress, as_weights
 from acttail.budget import check_target
@@ -17,7 +18,7 @@ ALLOCATORS: dict[str, Allocator] = {
     a.name: a
     for a in (
         UNIFORM, ACTTAIL, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE,
-        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE,
+        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE, SENSITIVITY,
     )
 }  # fmt: skip
 
@@ -40,6 +41,7 @@ def make_plan(
     allocator: str = DEFAULT,
     arguments: Mapping[str, Any] | None = None,
     context: AllocationContext | None = None,
+    calibration: Any = None,
     progress: Progress | None = None,
 ) -> SparsityPlan:
     """Decide how sparse each projection may be.
@@ -50,7 +52,8 @@ def make_plan(
         sparsity: model sparsity S, the cost-weighted mean, in [0, 0.99].
         allocator: name of the rule; ``acttail`` by default.
         arguments: overrides of the rule's defaults.
-        context: reuse the spectra of an earlier call for the same model.
+        context: reuse the spectra and curves of an earlier call for the same model.
+        calibration: a :class:`acttail.calibrate.Calibration`, for the calibrated rules.
         progress: called with (done, total) during long work.
 
     Returns:
@@ -68,6 +71,8 @@ def make_plan(
     merged = rule.arguments(arguments or {})
     if context is None:
         context = AllocationContext(as_weights(model), progress=progress)
+    if calibration is not None:
+        context.calibration = calibration
     context.used_fits = None
     solved = rule.allocate(context, target, merged)
     names = [p.name for p in context.projections]

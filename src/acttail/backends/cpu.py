@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch  # first, so that the library shares torch's OpenMP runtime
 
 from acttail import _native
 
-_ABI = 1
+_ABI = 2
 _INFINITY_16 = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
@@ -53,6 +54,9 @@ def _load() -> tuple[ctypes.CDLL | None, NativeStatus]:
         ]  # fmt: skip
         library.acttail_topk_mask_16.argtypes = [
             pointer, pointer, int64, int64, int64, ctypes.c_uint16, ctypes.c_int,
+        ]  # fmt: skip
+        library.acttail_curves_f32.argtypes = [
+            pointer, pointer, int64, int64, int64, pointer, int64, pointer, ctypes.c_int,
         ]  # fmt: skip
         isa = library.acttail_isa().decode()
     except (OSError, AttributeError) as error:
@@ -98,7 +102,44 @@ def topk_mask(x: torch.Tensor, k: int) -> torch.Tensor:
         code = library.acttail_topk_mask_16(
             x.data_ptr(), y.data_ptr(), rows, columns, k, _INFINITY_16[x.dtype], threads
         )
-    if code and rows:
-        what = {1: "bad arguments", 2: "out of memory"}.get(code, f"status {code}")
-        raise RuntimeError(f"native topk_mask: {what} (rows={rows}, columns={columns}, k={k})")
+    if rows:
+        _check(code, f"topk_mask (rows={rows}, columns={columns}, k={k})")
     return y
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        reason = {1: "bad arguments", 2: "out of memory"}.get(code, f"status {code}")
+        raise RuntimeError(f"native {what}: {reason}")
+
+
+def partial_energies(
+    x: torch.Tensor, vectors: Sequence[torch.Tensor], dropped: torch.Tensor
+) -> torch.Tensor:
+    """Native counterpart of :func:`acttail.backends.reference.partial_energies`.
+
+    Args:
+        x: [rows, d] float32 on the CPU.
+        vectors: n tensors [rows, d] float32.
+        dropped: [G] int64, ascending.
+
+    Returns:
+        [n, G] float64.
+
+    Raises:
+        RuntimeError: the library refused the arguments or ran out of memory.
+    """
+    library = _load()[0]
+    if library is None:
+        raise RuntimeError(f"the native backend is not available: {status().reason}")
+    x = x.contiguous()
+    held = [v.contiguous() for v in vectors]
+    pointers = (ctypes.c_void_p * len(held))(*(v.data_ptr() for v in held))
+    dropped = dropped.to(torch.int64).contiguous()
+    sums = torch.zeros(len(held), dropped.numel(), dtype=torch.float64)
+    code = library.acttail_curves_f32(
+        x.data_ptr(), pointers, len(held), x.shape[0], x.shape[1], dropped.data_ptr(),
+        dropped.numel(), sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(code, f"curves (rows={x.shape[0]}, columns={x.shape[1]})")
+    return sums

@@ -3,6 +3,8 @@
 It is what the other backends are tested against, so it is written to be obviously right.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 # Integer type of a float's own width and the bit pattern of its +infinity.
@@ -51,3 +53,26 @@ def topk_mask(x: torch.Tensor, k: int) -> torch.Tensor:
     order = torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., :k]
     keep = torch.zeros_like(keys, dtype=torch.bool).scatter_(-1, order, True)
     return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def partial_energies(
+    x: torch.Tensor, vectors: Sequence[torch.Tensor], dropped: torch.Tensor
+) -> torch.Tensor:
+    """Half the squared loss of v · x when the smallest entries of x are dropped, summed over rows.
+
+    Args:
+        x: [rows, d] floating point.
+        vectors: n tensors [rows, d].
+        dropped: [G] int64, ascending: how many entries each point drops, in TopK's order.
+
+    Returns:
+        [n, G] float64: sum over rows of ½ (sum of v_j x_j over the dropped j)².
+    """
+    # TopK keeps the lower index of a tie, so the higher one is dropped first.
+    order = torch.sort(magnitude_keys(x), dim=-1, descending=True, stable=True).indices.flip(-1)
+    rows = []
+    for v in vectors:
+        products = (x.double() * v.double()).gather(-1, order)
+        running = torch.nn.functional.pad(products.cumsum(-1), (1, 0))  # [rows, d + 1]
+        rows.append(0.5 * running[:, dropped.to(x.device)].square().sum(0).cpu())
+    return torch.stack(rows)

@@ -43,6 +43,11 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set an allocator's argument."),
 ]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(help="Text a calibrated allocator may see; 'self' samples it from the model."),
+]
+CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it to use.", min=2)]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code shipped in the model's repository.")
 ]
@@ -120,6 +125,30 @@ def load_model(name: str, dtype: str, *, trust_remote_code: bool = False) -> tup
 
     with err.status(f"loading {name} …"):
         return load(name, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def read_calibration_text(name: str | None, *, needed: bool) -> Any:
+    """The calibration text: a Text, or None for 'self' (and where none is needed).
+
+    Raises:
+        TextError: it is needed and not given, not found, or empty.
+    """
+    from acttail.errors import TextError
+    from acttail.text import read_text
+
+    if name is None and needed:
+        raise TextError("this allocator is calibrated: give --calibration-text FILE (or 'self')")
+    return None if name in (None, "self") else read_text(str(name))
+
+
+def calibration_for(model: Any, tokenizer: Any, text: Any, tokens: int, progress: Work) -> Any:
+    """A Calibration; without a text, one sampled from the model itself."""
+    from acttail.calibrate import Calibration
+    from acttail.selftext import sample_text
+
+    if text is None:
+        text = sample_text(model, tokenizer, tokens=tokens, progress=progress)
+    return Calibration(model, tokenizer, text, tokens=tokens, progress=progress)
 
 
 def settings(pairs: list[str] | None) -> dict[str, str]:

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from acttail.cli.common import (
+    CalibrationText,
+    CalibrationTokens,
     Dtype,
     Json,
     Model,
@@ -15,11 +17,13 @@ from acttail.cli.common import (
     Tokens,
     TrustRemoteCode,
     Window,
+    calibration_for,
     finite,
     load_model,
     number_list,
     out,
     print_json,
+    read_calibration_text,
     settings,
     with_error,
     work,
@@ -32,9 +36,8 @@ def compare(
     text: TextName,
     sparsity: Annotated[str, typer.Option(help="Comma-separated model sparsities.")] = "0.5,0.6",
     allocator: Annotated[str, typer.Option(help="Comma-separated allocators.")] = "uniform,acttail",
-    calibration_text: Annotated[
-        str | None, typer.Option(help="Text that calibrated allocators may see.")
-    ] = None,
+    calibration_text: CalibrationText = None,
+    calibration_tokens: CalibrationTokens = 4096,
     set_: Set = None,
     tokens: Tokens = None,
     window: Window = 1024,
@@ -67,13 +70,21 @@ def compare(
         arguments[owner][argument] = value
     for name in names:
         get(name).arguments(arguments[name])
+    calibrated = any(get(name).needs_text for name in names)
+    calibration_content = read_calibration_text(calibration_text, needed=calibrated)
     PrefillPolicy.parse(prefill or "all")
     content = read_text(text)
     lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    calibration = None
+    if calibrated:
+        with work("calibrating") as progress:
+            calibration = calibration_for(
+                lm, tokenizer, calibration_content, calibration_tokens, progress
+            )
     with work("comparing") as progress:
         rows = run(
             lm, tokenizer, content, sparsities=targets, allocators=arguments, window=window,
-            tokens=tokens, stride=stride, prefill=prefill or "all", progress=progress,
+            tokens=tokens, stride=stride, prefill=prefill or "all", calibration=calibration, progress=progress,
         )  # fmt: skip
     if report:
         from acttail.report import comparison_page

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from acttail.cli.common import Json, Set, out, print_json, settings, work
+from acttail.cli.common import (
+    CalibrationText,
+    CalibrationTokens,
+    Dtype,
+    Json,
+    Set,
+    calibration_for,
+    load_model,
+    out,
+    print_json,
+    read_calibration_text,
+    settings,
+    work,
+)
 from acttail.errors import ActTailError, PlanError
 
 
@@ -27,9 +40,13 @@ def plan(
     from_: Annotated[
         str | None, typer.Option("--from", help="JSON {projection: sparsity} made elsewhere.")
     ] = None,
-    calibration_text: Annotated[
-        str | None, typer.Option(help="Text that a calibrated allocator may see.")
+    calibration_text: CalibrationText = None,
+    calibration_tokens: CalibrationTokens = 4096,
+    curves: Annotated[
+        str | None,
+        typer.Option(help="File of sensitivity curves: read if it is there, else written."),
     ] = None,
+    dtype: Dtype = "bfloat16",
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="Write the plan here.")
     ] = None,
@@ -46,22 +63,15 @@ def plan(
         return
     if others:
         raise ActTailError(f"plan takes one MODEL, got {model} and {' '.join(others)}")
-    from acttail.allocate import make_plan
-    from acttail.analysis import as_weights
-
     if from_ is not None:
         made = _from_file(model, from_, sparsity)
     else:
         if sparsity is None:
             raise ActTailError("plan needs --sparsity (or --from)")
-        from acttail.budget import check_target
-
-        check_target(sparsity)
-        weights = as_weights(model)
-        with work("planning") as progress:
-            made = make_plan(
-                weights, sparsity, allocator=allocator, arguments=settings(set_), progress=progress
-            )
+        arguments = settings(set_) | ({"curves": curves} if curves else {})
+        made = _make(
+            model, sparsity, allocator, arguments, calibration_text, calibration_tokens, dtype
+        )
     if output:
         made.save(output)
     if json:
@@ -69,6 +79,38 @@ def plan(
     else:
         _print_plan(made)
         out.print(f"written to {output}" if output else "not saved: give -o plan.json to keep it")
+
+
+def _make(
+    model: str, sparsity: float, allocator: str, arguments: dict[str, str], text: str | None,
+    tokens: int, dtype: str,
+) -> Any:  # fmt: skip
+    from acttail.allocate import get, make_plan
+    from acttail.analysis import as_weights
+    from acttail.budget import check_target
+
+    check_target(sparsity)
+    rule = get(allocator)
+    rule.arguments(arguments)
+    if not rule.needs_text:
+        with work("planning") as progress:
+            return make_plan(
+                as_weights(model),
+                sparsity,
+                allocator=allocator,
+                arguments=arguments,
+                progress=progress,
+            )
+    from acttail.checkpoint import LoadedWeights
+
+    content = read_calibration_text(text, needed=True)
+    lm, tokenizer = load_model(model, dtype)
+    with work("calibrating") as progress:
+        calibration = calibration_for(lm, tokenizer, content, tokens, progress)
+        return make_plan(
+            LoadedWeights(lm), sparsity, allocator=allocator, arguments=arguments,
+            calibration=calibration, progress=progress,
+        )  # fmt: skip
 
 
 def _from_file(model: str, path: str, sparsity: float | None) -> Any:

@@ -27,6 +27,7 @@ def compare(
     tokens: int | None = None,
     stride: int | None = None,
     prefill: str = "all",
+    calibration: Any = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate the dense model, then every allocator at every sparsity.
@@ -41,6 +42,7 @@ def compare(
         tokens: use only the first so many tokens.
         stride: tokens between window starts.
         prefill: the prefill policy.
+        calibration: what calibrated allocators may see.
         progress: called with (windows done, windows in all).
 
     Returns:
@@ -67,7 +69,7 @@ def compare(
         return result
 
     rows = [record(model, run()) | _against(None, None)]
-    context = AllocationContext(LoadedWeights(model))
+    context = AllocationContext(LoadedWeights(model), calibration=calibration)
     for sparsity in sparsities:
         results = []
         for name, arguments in allocators.items():
