@@ -115,14 +115,50 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def readme_table() -> str:
+    latest = {(r["allocator"], float(r["sparsity"])): r for r in common.rows("data_free")}
+
+    def cell(name, s):
+        r = latest[name, s]
+        return f"{float(r['perplexity']):.1f} ± {float(r['perplexity_stderr']):.1f}"
+
+    lines = [
+        "| | " + " | ".join(f"S = {s}" for s in SPARSITIES) + " |",
+        "|---" * (len(SPARSITIES) + 1) + "|",
+    ]
+    for name, label in (
+        ("uniform", "uniform TopK"),
+        ("acttail", "acttail (default)"),
+        ("depth", "control: depth"),
+    ):
+        lines.append(f"| {label} | " + " | ".join(cell(name, s) for s in SPARSITIES) + " |")
+    dense = latest["dense", 0.0]
+    lines.append("")
+    lines.append(
+        f"Dense: {float(dense['perplexity']):.1f} ± {float(dense['perplexity_stderr']):.1f}. The errors are mostly common to a column: "
+        "paired, acttail is below uniform by "
+        + ", ".join(
+            f"{100 * (1 - math.exp(float(latest['acttail', s]['nll_minus_uniform']))):.1f} ± "
+            f"{100 * float(latest['acttail', s]['nll_minus_uniform_stderr']):.1f}"
+            for s in SPARSITIES
+        )
+        + " %."
+    )
+    return "\n".join(lines)
+
+
+def rewrite(path, text):
+    page = path.read_text()
+    path.write_text(f"{page.split(BEGIN)[0]}{BEGIN}\n{text}\n{END}{page.split(END)[1]}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table-only", action="store_true")
     if not parser.parse_args().table_only:
         measure()
-    page = RESULTS.read_text()
-    head, tail = page.split(BEGIN)[0], page.split(END)[1]
-    RESULTS.write_text(f"{head}{BEGIN}\n{table()}\n{END}{tail}")
+    rewrite(RESULTS, table())
+    rewrite(common.HERE.parent / "README.md", readme_table())
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from acttail.allocate.base import AllocationContext
+from acttail.checkpoint import LoadedWeights
 from acttail.errors import TextError
-from acttail.plan import SparsityPlan
+from acttail.plan import SparsityPlan, build_plan, sketch
 from acttail.projections import decoder_blocks
 from acttail.sparsify import densify_, sparse_state, sparsify_
 from acttail.text import Text, bos_of, tokenize, windows
@@ -70,9 +70,6 @@ class Calibration:
 
     def key(self, *parts: object) -> str:
         """Hash that names a result computed from this model, text and `parts`."""
-        from acttail.checkpoint import LoadedWeights
-        from acttail.plan import sketch
-
         weights = LoadedWeights(self.model)
         sketches = [(p.name, *sketch(weights.weight(p))) for p in weights.projections]
         described = (
@@ -87,28 +84,18 @@ class Calibration:
         return hashlib.sha256(repr(described).encode()).hexdigest()[:32]
 
 
-def calibration_of(context: AllocationContext) -> Calibration:
-    """The context's calibration.
-
-    Raises:
-        TextError: there is none.
-    """
-    if not isinstance(context.calibration, Calibration):
-        raise TextError("this allocator is calibrated: give --calibration-text (or 'self')")
-    return context.calibration
-
-
 @contextmanager
 def probing(model: Any, probe: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Let `probe` see the input of every projection, experts included, and replace it.
 
     The model is dense before and after.
     """
-    from acttail.allocate.registry import make_plan
-
     source_state = sparse_state(model)
     if source_state is None:
-        sparsify_(model, make_plan(model, 0.0, allocator="uniform"), check_contents=False)
+        weights = LoadedWeights(model)
+        everything = dict.fromkeys((p.name for p in weights.projections), 0.0)
+        plan = build_plan(weights, everything, sparsity=0.0, allocator="uniform", arguments={})
+        sparsify_(model, plan, check_contents=False)
     state = sparse_state(model)
     assert state is not None  # noqa: S101
     before, state.probe = state.probe, probe
@@ -142,15 +129,18 @@ class _Call:
     hidden: torch.Tensor
 
 
-class _Tape:
-    """Hooks on the blocks that remember their calls and cut the graph at the last block's output."""
+class BlockTape:
+    """Hooks on the blocks that remember their calls and cut the graph at the last block's output.
+
+    Use it as a context around one forward pass; afterwards :meth:`replay` runs any block again.
+    """
 
     def __init__(self, model: Any) -> None:
         self.stack_path, self.blocks = decoder_blocks(model)
         self.calls: list[_Call | None] = [None] * len(self.blocks)
         self.last: torch.Tensor | None = None
 
-    def __enter__(self) -> "_Tape":
+    def __enter__(self) -> "BlockTape":
         self._handles = [
             block.register_forward_pre_hook(self._remember(i), with_kwargs=True)
             for i, block in enumerate(self.blocks)
@@ -225,7 +215,7 @@ def backward_by_block(
         seen[name] = (x.detach(), own)
         return own
 
-    tape = _Tape(model)
+    tape = BlockTape(model)
     with frozen(model), probing(model, probe):
         with tape, torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
@@ -239,7 +229,7 @@ def backward_by_block(
             seen.clear()
             with torch.enable_grad():
                 leaf, output = tape.replay(index)
-                output.backward(gradient)
+                torch.autograd.backward(output, gradient)
             assert leaf.grad is not None  # noqa: S101
             gradient = leaf.grad
             flat = {
@@ -263,11 +253,13 @@ def fisher_objective(generator: torch.Generator) -> Objective:
         upstream = torch.empty_like(logits)
         total = 0.0
         # By rows, so that the float32 copy of a large vocabulary stays small.
-        for row, out in zip(
-            logits.flatten(0, -2).split(256), torch.split(upstream.flatten(0, -2), 256), strict=True
-        ):
+        flat, flat_upstream = logits.flatten(0, -2), upstream.flatten(0, -2)
+        for i in range(0, flat.shape[0], 256):
+            row, out = flat[i : i + 256], flat_upstream[i : i + 256]
             p = torch.softmax(row.float(), dim=-1)
-            sampled = torch.multinomial(p, 1, generator=generator)
+            # By the inverse of the distribution function: torch.multinomial takes ten times as long.
+            draw = torch.rand(len(p), 1, generator=generator, device=p.device)
+            sampled = torch.searchsorted(p.cumsum(-1), draw).clamp_(max=p.shape[-1] - 1)
             total += float(p.gather(-1, sampled).log().sum())
             # d log p(y) / d logits = onehot(y) - p
             out.copy_(p.neg_().scatter_add_(-1, sampled, torch.ones_like(p[:, :1])))

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from acttail.analysis import Progress, alphas_or_mean, spectra
+from acttail.calibrate import Calibration
 from acttail.checkpoint import WeightSource
-from acttail.errors import ActTailError
+from acttail.errors import ActTailError, TextError
 from acttail.projections import Projection
 from acttail.tail import ESTIMATORS, TailFit
 
@@ -28,7 +29,7 @@ class AllocationContext:
 
     weights: WeightSource
     progress: Progress | None = None
-    calibration: Any = None
+    calibration: Calibration | None = None
     used_fits: dict[str, TailFit] | None = None
     _spectra: dict[bool, dict[str, Any]] = field(default_factory=dict)
 
@@ -66,6 +67,17 @@ class AllocationContext:
         fits = {p.name: ESTIMATORS[estimator](found[p.name]) for p in self.projections}
         self.used_fits = fits
         return alphas_or_mean([fits[p.name] for p in self.projections])
+
+
+def calibration_of(context: AllocationContext) -> Calibration:
+    """The context's calibration.
+
+    Raises:
+        TextError: there is none.
+    """
+    if context.calibration is None:
+        raise TextError("this allocator is calibrated: give --calibration-text (or 'self')")
+    return context.calibration
 
 
 @dataclass(frozen=True)

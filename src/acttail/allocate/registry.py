@@ -6,6 +6,7 @@ from typing import Any
 from acttail.allocate.acttail import ACTTAIL
 from acttail.allocate.base import AllocationContext, Allocator
 from acttail.allocate.controls import DEPTH, PER_TYPE, PERMUTED, REVERSED, UNIFORM
+from acttail.allocate.greedy import GREEDY
 from acttail.allocate.sensitivity import SENSITIVITY
 from acttail.allocate.theory import ENERGY, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE
 from acttail.analysis import Progress, as_weights
@@ -18,7 +19,7 @@ ALLOCATORS: dict[str, Allocator] = {
     a.name: a
     for a in (
         UNIFORM, ACTTAIL, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE,
-        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE, SENSITIVITY,
+        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE, SENSITIVITY, GREEDY,
     )
 }  # fmt: skip
 

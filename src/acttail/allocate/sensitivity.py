@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from acttail.allocate.base import AllocationContext, Allocator, Array
+from acttail.allocate.base import AllocationContext, Allocator, Array, calibration_of
 from acttail.budget import HIGHEST, solve
-from acttail.calibrate import calibration_of
 from acttail.curves import SensitivityCurves, interpolator, measure
 from acttail.errors import PlanError
 

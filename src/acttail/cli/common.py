@@ -43,6 +43,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set an allocator's argument."),
 ]
+Metrics = Annotated[str, typer.Option(help="Comma-separated: perplexity, kl, top1.")]
 CalibrationText = Annotated[
     str | None,
     typer.Option(help="Text a calibrated allocator may see; 'self' samples it from the model."),
@@ -164,6 +165,11 @@ def settings(pairs: list[str] | None) -> dict[str, str]:
             raise ActTailError(f"--set takes KEY=VALUE, got {pair!r}")
         parsed[key.strip()] = value.strip()
     return parsed
+
+
+def names(text: str) -> list[str]:
+    """Parse comma-separated names."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def number_list(text: str, what: str) -> list[float]:

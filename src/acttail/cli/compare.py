@@ -9,6 +9,7 @@ from acttail.cli.common import (
     CalibrationTokens,
     Dtype,
     Json,
+    Metrics,
     Model,
     Prefill,
     Set,
@@ -20,6 +21,7 @@ from acttail.cli.common import (
     calibration_for,
     finite,
     load_model,
+    names,
     number_list,
     out,
     print_json,
@@ -44,6 +46,7 @@ def compare(
     stride: Stride = None,
     dtype: Dtype = "bfloat16",
     prefill: Prefill = None,
+    metrics: Metrics = "perplexity",
     report: Annotated[
         str | None, typer.Option(help="Also write a self-contained HTML page.")
     ] = None,
@@ -59,18 +62,18 @@ def compare(
     from acttail.text import read_text
 
     targets = [check_target(s) for s in number_list(sparsity, "--sparsity")]
-    names = [name.strip() for name in allocator.split(",") if name.strip()]
-    arguments: dict[str, dict[str, str]] = {name: {} for name in names}
+    chosen = names(allocator)
+    arguments: dict[str, dict[str, str]] = {name: {} for name in chosen}
     for key, value in settings(set_).items():
         owner, dot, argument = key.partition(".")
         if not dot or owner not in arguments:
             raise ActTailError(
-                f"--set takes ALLOCATOR.KEY=VALUE with one of {', '.join(names)}, got {key}"
+                f"--set takes ALLOCATOR.KEY=VALUE with one of {', '.join(chosen)}, got {key}"
             )
         arguments[owner][argument] = value
-    for name in names:
+    for name in chosen:
         get(name).arguments(arguments[name])
-    calibrated = any(get(name).needs_text for name in names)
+    calibrated = any(get(name).needs_text for name in chosen)
     calibration_content = read_calibration_text(calibration_text, needed=calibrated)
     PrefillPolicy.parse(prefill or "all")
     content = read_text(text)
@@ -84,7 +87,8 @@ def compare(
     with work("comparing") as progress:
         rows = run(
             lm, tokenizer, content, sparsities=targets, allocators=arguments, window=window,
-            tokens=tokens, stride=stride, prefill=prefill or "all", calibration=calibration, progress=progress,
+            tokens=tokens, stride=stride, prefill=prefill or "all", calibration=calibration,
+            metrics=names(metrics), progress=progress,
         )  # fmt: skip
     if report:
         from acttail.report import comparison_page
@@ -107,7 +111,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
         caption=f"{first['scored']:,} tokens scored, windows of {first['window']}, {first['dtype']}, "
         f"prefill {first['prefill']}; ± is one standard error",
     )
-    for heading in ("sparsity", "realised", "allocator", "perplexity", "÷ uniform"):
+    headings = ["sparsity", "realised", "allocator", "perplexity", "÷ uniform"]
+    with_kl = first["kl"] is not None
+    for heading in [*headings, *(["KL", "top-1"] if with_kl else [])]:
         table.add_column(heading, justify="left" if heading == "allocator" else "right")
     previous = None
     for row in rows:
@@ -121,5 +127,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
             row["allocator"] or "dense",
             with_error(row["perplexity"], row["perplexity_stderr"]),
             "" if ratio is None else f"{ratio:.3f}",
+            *([f"{row['kl']:.3f}", f"{row['top1']:.3f}"] if with_kl else []),
         )
     out.print(table)

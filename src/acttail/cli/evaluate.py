@@ -7,6 +7,7 @@ import typer
 from acttail.cli.common import (
     Dtype,
     Json,
+    Metrics,
     Model,
     Prefill,
     Stride,
@@ -15,6 +16,7 @@ from acttail.cli.common import (
     TrustRemoteCode,
     Window,
     load_model,
+    names,
     out,
     print_json,
     with_error,
@@ -31,6 +33,7 @@ def evaluate(
     stride: Stride = None,
     dtype: Dtype = "bfloat16",
     prefill: Prefill = None,
+    metrics: Metrics = "perplexity",
     save_nll: Annotated[
         str | None, typer.Option(help="Write the per-token losses here (.npy or .safetensors).")
     ] = None,
@@ -58,7 +61,7 @@ def evaluate(
     with work("evaluating") as progress:
         result = perplexity(
             lm, tokenizer, content, window=window, tokens=tokens, stride=stride,
-            prefill=prefill, progress=progress,
+            prefill=prefill, metrics=names(metrics), progress=progress,
         )  # fmt: skip
     if save_nll:
         save_token_nll(save_nll, result)
@@ -76,6 +79,11 @@ def _print(row: dict[str, Any]) -> None:
     table.add_column(style="dim")
     table.add_column()
     table.add_row("perplexity", with_error(row["perplexity"], row["perplexity_stderr"]))
+    if row["kl"] is not None:
+        table.add_row(
+            "KL to dense", f"{row['kl']:.4f} ± {row['kl_stderr'] or 0:.4f} nats per token"
+        )
+        table.add_row("top-1 agreement", f"{row['top1']:.4f} ± {row['top1_stderr'] or 0:.4f}")
     allocator = row["allocator"] or "dense"
     table.add_row(
         "plan",

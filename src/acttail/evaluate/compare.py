@@ -28,6 +28,7 @@ def compare(
     stride: int | None = None,
     prefill: str = "all",
     calibration: Any = None,
+    metrics: Sequence[str] = ("perplexity",),
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate the dense model, then every allocator at every sparsity.
@@ -43,6 +44,7 @@ def compare(
         stride: tokens between window starts.
         prefill: the prefill policy.
         calibration: what calibrated allocators may see.
+        metrics: see :func:`acttail.perplexity`.
         progress: called with (windows done, windows in all).
 
     Returns:
@@ -63,7 +65,7 @@ def compare(
 
         result = perplexity(
             model, tokenizer, text, window=window, tokens=tokens, stride=stride, prefill=prefill,
-            progress=step,
+            metrics=metrics, progress=step,
         )  # fmt: skip
         done += 1
         return result

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from acttail.errors import TextError
+from acttail.errors import ActTailError, TextError
 from acttail.prefill import PrefillPolicy
 from acttail.sparsify import RealisedSparsity, counting, sparse_state
 from acttail.text import Text, bos_of, read_text, tokenize, windows
@@ -42,6 +42,11 @@ class PerplexityResult:
         seconds: wall time.
         realised: realised sparsity, None for a dense model.
         token_nll: [windows, window - 1] float32, NaN where a position was not scored.
+        kl: mean KL(dense || this model) per scored token, nats; None unless asked for.
+        kl_stderr: its standard error, clustered by window.
+        top1: share of scored positions whose likeliest token is the dense model's; None unless asked.
+        top1_stderr: its standard error, clustered by window.
+        token_kl: [windows, window - 1] float32, or None.
     """
 
     perplexity: float
@@ -60,6 +65,33 @@ class PerplexityResult:
     seconds: float
     realised: RealisedSparsity | None
     token_nll: torch.Tensor
+    kl: float | None = None
+    kl_stderr: float | None = None
+    top1: float | None = None
+    top1_stderr: float | None = None
+    token_kl: torch.Tensor | None = None
+
+
+METRICS = ("perplexity", "kl", "top1")
+
+
+def divergence(dense: torch.Tensor, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(dense || sparse) and whether both rank the same token first, per position.
+
+    Args:
+        dense: [T, vocabulary] logits.
+        sparse: [T, vocabulary] logits.
+
+    Returns:
+        ([T] float32 nats, [T] float32 of 0 and 1).
+    """
+    kl, same = [], []
+    for i in range(0, dense.shape[0], _ROWS):
+        p = torch.log_softmax(dense[i : i + _ROWS].float(), dim=-1)
+        q = torch.log_softmax(sparse[i : i + _ROWS].float(), dim=-1)
+        kl.append((p.exp() * (p - q)).sum(-1))
+        same.append((p.argmax(-1) == q.argmax(-1)).float())
+    return torch.cat(kl), torch.cat(same)
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -123,6 +155,7 @@ def perplexity(
     tokens: int | None = None,
     stride: int | None = None,
     prefill: str | PrefillPolicy | None = None,
+    metrics: Sequence[str] = ("perplexity",),
     progress: Progress | None = None,
 ) -> PerplexityResult:
     """Perplexity of a model, dense or sparse, on a text.
@@ -139,6 +172,8 @@ def perplexity(
         tokens: how many tokens of the text to use, from its start; None for all.
         stride: tokens between the starts of windows; None for no overlap.
         prefill: overrides the policy the model was made sparse with.
+        metrics: ``perplexity``, ``kl`` (to the dense model) and ``top1`` (agreement with it); the last
+            two run the dense model beside the sparse one and see damage earlier, with less noise.
         progress: called with (windows done, windows).
 
     Returns:
@@ -146,8 +181,12 @@ def perplexity(
 
     Raises:
         TextError: text not found, empty, or shorter than one window.
-        ActTailError: unknown prefill policy.
+        ActTailError: unknown prefill policy or metric.
     """
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown:
+        raise ActTailError(f"unknown metric {unknown[0]!r}: use {', '.join(METRICS)}")
+    compared = bool({"kl", "top1"} & set(metrics))
     started = time.perf_counter()
     text = read_text(text) if isinstance(text, str) else text
     state = sparse_state(model)
@@ -167,6 +206,7 @@ def perplexity(
         )
     step = stride or window - (bos is not None)
     losses = torch.full((len(batches), window - 1), float("nan"))
+    kl, same = torch.zeros_like(losses), torch.ones_like(losses)
     rows = _rows_of(policy, window)
     with ExitStack() as stack:
         counter = stack.enter_context(counting(model)) if state else None
@@ -183,6 +223,12 @@ def perplexity(
             ids = batch[None].to(device)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             losses[i] = token_losses(logits, ids[0, 1:]).cpu()
+            if compared and state is not None:
+                state.rows, counts, state.counts = False, state.counts, None
+                dense = model(input_ids=ids, use_cache=False).logits[0, :-1]
+                state.rows, state.counts = rows, counts
+                kl[i], same[i] = (v.cpu() for v in divergence(dense, logits))
+                del dense
             del logits
             if progress is not None:
                 progress(i + 1, len(batches))
@@ -192,6 +238,7 @@ def perplexity(
         mean, error = math.nan, None
     else:
         mean, error = clustered_mean(losses, mask)
+    kl_mean, top1_mean = (clustered_mean(v, mask) if compared else (None, None) for v in (kl, same))
     value = math.inf if mean >= 700 else math.exp(mean)  # exp overflows above 709
     return PerplexityResult(
         perplexity=value, perplexity_stderr=None if error is None else value * error,
@@ -201,6 +248,8 @@ def perplexity(
         text=text.name, seconds=time.perf_counter() - started,
         realised=counter.realised() if counter else None,
         token_nll=torch.where(mask, losses, float("nan")),
+        kl=kl_mean[0], kl_stderr=kl_mean[1], top1=top1_mean[0], top1_stderr=top1_mean[1],
+        token_kl=torch.where(mask, kl, float("nan")) if compared else None,
     )  # fmt: skip
 
 
