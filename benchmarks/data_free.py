@@ -147,6 +147,34 @@ def readme_table() -> str:
     return "\n".join(lines)
 
 
+def picture() -> None:
+    """docs/images/data_free.svg: perplexity against realised sparsity."""
+    from acttail.report.charts import line_chart
+
+    latest = {(r["allocator"], float(r["sparsity"])): r for r in common.rows("data_free")}
+    series = {
+        name: [
+            (float(latest[name, s]["realised_sparsity"]), float(latest[name, s]["perplexity"]),
+             float(latest[name, s]["perplexity_stderr"]))
+            for s in SPARSITIES
+        ]
+        for name in ("uniform", "acttail", "depth", "permuted")
+    }  # fmt: skip
+    svg = line_chart(
+        series, title="Perplexity of SmolLM2-135M on WikiText-2 against realised sparsity",
+        x_label="realised sparsity", y_label="perplexity (log scale)",
+        reference=("dense", float(latest["dense", 0.0]["perplexity"])),
+    )  # fmt: skip
+    style = (
+        "<style>text{font-family:system-ui,sans-serif;font-size:12px}text:not(.series){fill:#5b6774}.series{font-weight:600}"
+        ".grid{stroke:#d8dee5}.reference{stroke:#5b6774;stroke-dasharray:5 4}</style>"
+        '<rect width="100%" height="100%" fill="#fff"/>'
+    )
+    head, rest = svg.split(">", 1)
+    path = common.HERE.parent / "docs" / "images" / "data_free.svg"
+    path.write_text(f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n')
+
+
 def rewrite(path, text):
     page = path.read_text()
     path.write_text(f"{page.split(BEGIN)[0]}{BEGIN}\n{text}\n{END}{page.split(END)[1]}")
@@ -157,6 +185,7 @@ def main():
     parser.add_argument("--table-only", action="store_true")
     if not parser.parse_args().table_only:
         measure()
+    picture()
     rewrite(RESULTS, table())
     rewrite(common.HERE.parent / "README.md", readme_table())
 

@@ -90,6 +90,7 @@ class Allocator:
         defaults: argument name -> default; its type is the argument's type.
         allocate: (context, sparsity, arguments) -> [P] sparsities that meet the budget.
         needs_text: whether it must see calibration text.
+        rule: which entries stay, unless the user says otherwise.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Allocator:
     defaults: Mapping[str, Any]
     allocate: Callable[[AllocationContext, float, Mapping[str, Any]], Array]
     needs_text: bool = False
+    rule: str = "topk"
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults overridden by what was given, each in the type of its default.

@@ -63,6 +63,13 @@ def allocate_per_type(
 
 
 UNIFORM = Allocator("uniform", "control: the same sparsity everywhere", {}, allocate_uniform)
+WINA = Allocator(
+    "wina",
+    "uniform with WINA's score, magnitude times column norm",
+    {},
+    allocate_uniform,
+    rule="wina",
+)
 DEPTH = Allocator(
     "depth", "control: linear in the block index; a negative epsilon makes early blocks sparser",
     {"epsilon": 0.1}, allocate_depth,

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from acttail.allocate.acttail import ACTTAIL
-from acttail.allocate.base import AllocationContext, Allocator
-from acttail.allocate.controls import DEPTH, PER_TYPE, PERMUTED, REVERSED, UNIFORM
+from acttail.allocate.base import AllocationContext, Allocator, calibration_of
+from acttail.allocate.controls import DEPTH, PER_TYPE, PERMUTED, REVERSED, UNIFORM, WINA
 from acttail.allocate.greedy import GREEDY
 from acttail.allocate.sensitivity import SENSITIVITY
 from acttail.allocate.theory import ENERGY, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE
@@ -13,13 +13,16 @@ from acttail.analysis import Progress, as_weights
 from acttail.budget import check_target
 from acttail.errors import ActTailError
 from acttail.plan import SparsityPlan, build_plan
+from acttail.thresholds import thresholds
 
 DEFAULT = "acttail"
+# top-p has no budget of its own: it is measured by `critical`, not planned.
+RULES = ("topk", "wina", "threshold")
 ALLOCATORS: dict[str, Allocator] = {
     a.name: a
     for a in (
         UNIFORM, ACTTAIL, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE,
-        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE, SENSITIVITY, GREEDY,
+        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE, SENSITIVITY, GREEDY, WINA,
     )
 }  # fmt: skip
 
@@ -43,6 +46,7 @@ def make_plan(
     arguments: Mapping[str, Any] | None = None,
     context: AllocationContext | None = None,
     calibration: Any = None,
+    rule: str | None = None,
     progress: Progress | None = None,
 ) -> SparsityPlan:
     """Decide how sparse each projection may be.
@@ -54,6 +58,8 @@ def make_plan(
         allocator: name of the rule; ``acttail`` by default.
         arguments: overrides of the rule's defaults.
         context: reuse the spectra and curves of an earlier call for the same model.
+        rule: which entries stay: ``topk``, ``wina`` or ``threshold`` (needs calibration); the
+            allocator's own by default.
         calibration: a :class:`acttail.calibrate.Calibration`, for the calibrated rules.
         progress: called with (done, total) during long work.
 
@@ -67,21 +73,28 @@ def make_plan(
         ModelError: the model cannot be read or is not a decoder.
         SpectrumError: a weight has NaN or infinite entries.
     """
-    rule = get(allocator)
+    allocation = get(allocator)
+    if rule is not None and rule not in RULES:
+        raise ActTailError(f"unknown rule {rule!r}: use {', '.join(RULES)}")
     target = check_target(sparsity)
-    merged = rule.arguments(arguments or {})
+    merged = allocation.arguments(arguments or {})
     if context is None:
         context = AllocationContext(as_weights(model), progress=progress)
     if calibration is not None:
         context.calibration = calibration
     context.used_fits = None
-    solved = rule.allocate(context, target, merged)
-    names = [p.name for p in context.projections]
+    solved = allocation.allocate(context, target, merged)
+    sparsities = dict(zip((p.name for p in context.projections), map(float, solved), strict=True))
+    extras = None
+    if (rule or allocation.rule) == "threshold":
+        extras = thresholds(calibration_of(context), sparsities)
     return build_plan(
         context.weights,
-        dict(zip(names, map(float, solved), strict=True)),
+        sparsities,
         sparsity=target,
         allocator=allocator,
         arguments=merged,
         fits=context.used_fits,
+        rule=rule or allocation.rule,
+        extras=extras,
     )

@@ -16,12 +16,15 @@ Point = tuple[float, float, float | None]  # x, y, standard error
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    ticks = [
-        m * 10.0**e
-        for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for m in (1, 2, 5)
-    ]
-    return [t for t in ticks if low * 0.999 <= t <= high * 1.001]
+    """Round numbers between two values on a logarithmic axis, three or more where there is room."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for steps in ((1, 10), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), [1 + 0.1 * i for i in range(90)]):
+        ticks = sorted({round(m * 10.0**e, 10) for e in decades for m in steps})
+        ticks = [t for t in ticks if low <= t <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks[:: 1 + len(ticks) // 9]
 
 
 def _spread(positions: Sequence[float]) -> list[float]:
@@ -80,7 +83,7 @@ def line_chart(
         out.append(
             f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
         )
-    for x in sorted(set(xs)):
+    for x in sorted({round(x, 2) for x in xs}):
         out.append(
             f'<text class="tick" x="{px(x):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{x:.2g}</text>'
         )

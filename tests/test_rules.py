@@ -1,0 +1,83 @@
+"""Selection rules besides TopK, each against a few plain lines of its source's definition."""
+
+import pytest
+import torch
+from families import build
+
+from acttail import make_plan, sparsify_
+from acttail.plan import SparsityPlan
+from acttail.rules import ScaledTopK, Threshold, TopK, TopP
+from acttail.sparsify import counting
+
+
+def test_wina_is_topk_of_magnitude_times_column_norm():
+    """WINA (2505.19427), equation 5: keep the K largest |x_i| * ||W[:, i]||."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 40), torch.randn(30, 40) * torch.rand(40) * 3
+    score = x.abs() * weight.norm(dim=0)
+    expected = torch.zeros_like(x)
+    for row in range(6):
+        for j in sorted(range(40), key=lambda j: -score[row, j])[:13]:
+            expected[row, j] = x[row, j]
+    assert torch.equal(ScaledTopK(13, weight.norm(dim=0))(x), expected)
+
+
+def test_wina_plan_on_a_model(llama):
+    plan = make_plan(llama, 0.5, allocator="uniform", rule="wina")
+    assert SparsityPlan.from_dict(plan.to_dict()).rule == "wina"
+    ids = torch.randint(3, 99, (1, 12))
+    for p in plan.projections:
+        module = llama.get_submodule(p)
+        norms, k = module.weight.detach().norm(dim=0), plan.projections[p].k
+        module.register_forward_pre_hook(
+            lambda m, a, norms=norms, k=k: (
+                a[0] * torch.zeros_like(a[0]).scatter(-1, (a[0].abs() * norms).topk(k).indices, 1),
+            )
+        )
+    with torch.no_grad():
+        expected = llama(ids).logits
+        twin = build("llama")
+        torch.testing.assert_close(
+            sparsify_(twin, plan)(ids).logits, expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_threshold():
+    x = torch.tensor([[0.5, -2.0, 1.0, float("nan")]])
+    y = Threshold(1.0)(x)
+    assert y[0, :3].tolist() == [0, -2, 0]
+    assert y[0, 3].isnan()
+    assert Threshold(1.0).kept(x, y) == 2
+
+
+def test_top_p():
+    x = torch.tensor([[5.0, -3.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    assert TopP(0.75)(x).tolist() == [[5, -3, 0, 0], [1, 1, 1, 0]]
+    assert TopP(0.01)(x).tolist() == [[5, 0, 0, 0], [1, 0, 0, 0]]
+    assert torch.equal(TopP(1.0)(x), x)
+    assert TopP(0.75).kept(x, x) == 5
+
+
+def test_topk_counts():
+    x = torch.randn(3, 8)
+    assert TopK(5).kept(x, TopK(5)(x)) == 15
+
+
+def test_variable_rules_report_what_they_realised(llama):
+    plan = make_plan(llama, 0.5, allocator="uniform")
+    data = plan.to_dict() | {"rule": "threshold"}
+    for entry in data["projections"].values():
+        entry["threshold"] = 0.6
+    sparsify_(llama, SparsityPlan.from_dict(data))
+    seen = {}
+
+    def hook(name):
+        return lambda m, a, out: seen.setdefault(name, []).append(a[0])
+
+    for name in data["projections"]:
+        llama.get_submodule(name).register_forward_hook(hook(name))
+    with torch.no_grad(), counting(llama) as counter:
+        llama(torch.randint(3, 99, (2, 12)))
+    for name, value in counter.realised().projections.items():
+        x = seen[name][0]
+        assert value == pytest.approx(float((x.abs() <= 0.6).float().mean()))
