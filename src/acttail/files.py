@@ -1,6 +1,7 @@
 """Writing files that are either whole or absent, and the cache folder."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -72,3 +73,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         ActTailError: the file cannot be written.
     """
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with every NaN and infinity in it replaced by None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from acttail._version import __version__
-from acttail.cli import analyze, compare, doctor, evaluate, generate, plan
+from acttail.cli import analyze, compare, critical, doctor, evaluate, generate, plan, sweep
 from acttail.cli.common import fail
 from acttail.errors import ActTailError
 
@@ -29,6 +29,8 @@ app.command("analyze")(analyze.analyze)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("critical")(critical.critical)
+app.command("sweep")(sweep.sweep)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 

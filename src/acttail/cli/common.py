@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from acttail.errors import ActTailError
+from acttail.files import finite
 
 # A bar for shorter work would only flicker.
 _SHOW_AFTER_SECONDS = 2.0
@@ -66,15 +67,6 @@ def fail(message: str, code: int, error: BaseException) -> int:
 def print_json(value: Any) -> None:
     """Print JSON on stdout. A number that is not finite becomes null: JSON has no NaN."""
     sys.stdout.write(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """The value with every NaN and infinity in it replaced by None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Work:

@@ -19,7 +19,6 @@ from acttail.cli.common import (
     TrustRemoteCode,
     Window,
     calibration_for,
-    finite,
     load_model,
     names,
     number_list,
@@ -57,7 +56,7 @@ def compare(
     from acttail.allocate import get
     from acttail.budget import check_target
     from acttail.evaluate.compare import compare as run
-    from acttail.files import write_text
+    from acttail.files import finite, write_text
     from acttail.prefill import PrefillPolicy
     from acttail.text import read_text
 

@@ -29,7 +29,8 @@ def record(model: Any, result: PerplexityResult) -> dict[str, Any]:
     realised = result.realised
     return {
         "model": LoadedWeights(model).name,
-        "revision": source.revision if source else None,
+        "revision": (source.revision if source else None)
+        or getattr(model.config, "_commit_hash", None),
         "allocator": plan.allocator if plan else None,
         "rule": plan.rule if plan else None,
         "arguments": plan.arguments if plan else {},

@@ -1,0 +1,279 @@
+"""Sweeps: many cells of model x sparsity x allocator x rule, resumable, in processes or on Ray.
+
+Each finished cell is written whole to a folder beside the output before the next one starts, so a sweep
+that was killed goes on where it stopped; the table is put together at the end.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from acttail.errors import ActTailError
+from acttail.files import finite, replacing, write_json
+
+Progress = Callable[[int, int], None]
+# Columns that are objects go into the table as JSON text; the per-projection values stay in the cells.
+_LEFT_OUT = ("projections",)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row to be: an allocator at a sparsity with a rule; allocator None is the dense model."""
+
+    allocator: str | None
+    sparsity: float
+    rule: str = "topk"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """What every cell of a sweep shares: the protocol.
+
+    Attributes:
+        model: what :func:`acttail.load` takes.
+        text: name of the text to score.
+        calibration_text: name of the calibration text; None where no cell needs one.
+        calibration_tokens: tokens of it.
+        tokens: tokens to score, None for all.
+        window: tokens per window.
+        prefill: the prefill policy.
+        dtype: of the model.
+        metrics: see :func:`acttail.perplexity`.
+    """
+
+    model: str
+    text: str
+    calibration_text: str | None = None
+    calibration_tokens: int = 4096
+    tokens: int | None = None
+    window: int = 1024
+    prefill: str = "all"
+    dtype: str = "bfloat16"
+    metrics: tuple[str, ...] = ("perplexity", "kl", "top1")
+
+
+def cells(
+    sparsities: Sequence[float],
+    allocators: Sequence[str],
+    rules: Sequence[str] = ("topk",),
+    arguments: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Cell]:
+    """The dense cell and the product of the rest."""
+    given = arguments or {}
+    return [Cell(None, 0.0)] + [
+        Cell(a, s, r, given.get(a, {})) for s in sparsities for a in allocators for r in rules
+    ]
+
+
+def _key(spec: SweepSpec, cell: Cell) -> str:
+    described = json.dumps([asdict(spec), asdict(cell)], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:24]
+
+
+# One loaded model per process, with the spectra and curves of its context.
+_loaded: dict[str, Any] = {}
+
+
+def _context(spec: SweepSpec) -> tuple[Any, Any, Any, Any]:
+    from acttail.allocate import AllocationContext
+    from acttail.calibrate import Calibration
+    from acttail.checkpoint import LoadedWeights
+    from acttail.models import load
+    from acttail.selftext import sample_text
+    from acttail.text import read_text
+
+    key = json.dumps(asdict(spec), sort_keys=True)
+    if key not in _loaded:
+        _loaded.clear()
+        model, tokenizer = load(spec.model, dtype=spec.dtype)
+        context = AllocationContext(LoadedWeights(model))
+        if spec.calibration_text is not None:
+            text = (
+                sample_text(model, tokenizer, tokens=spec.calibration_tokens)
+                if spec.calibration_text == "self"
+                else read_text(spec.calibration_text)
+            )
+            context.calibration = Calibration(
+                model, tokenizer, text, tokens=spec.calibration_tokens
+            )
+        _loaded[key] = (model, tokenizer, read_text(spec.text), context)
+    found: tuple[Any, Any, Any, Any] = _loaded[key]
+    return found
+
+
+def run_cell(spec: SweepSpec, cell: Cell, threads: int | None = None) -> dict[str, Any]:
+    """Evaluate one cell in this process: the record, and the seconds its plan took.
+
+    Raises:
+        ActTailError: anything wrong with the cell or the spec.
+    """
+    import time
+
+    import torch
+
+    from acttail.allocate import make_plan
+    from acttail.evaluate.perplexity import perplexity
+    from acttail.evaluate.record import record
+    from acttail.sparsify import densify_, sparsify_
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, tokenizer, text, context = _context(spec)
+    densify_(model)
+    started = time.perf_counter()
+    if cell.allocator is not None:
+        plan = make_plan(
+            model, cell.sparsity, allocator=cell.allocator, arguments=cell.arguments, rule=cell.rule,
+            context=context,
+        )  # fmt: skip
+        sparsify_(model, plan, prefill=spec.prefill, check_contents=False)
+    planned = time.perf_counter() - started
+    try:
+        result = perplexity(
+            model, tokenizer, text, window=spec.window, tokens=spec.tokens, prefill=spec.prefill,
+            metrics=spec.metrics,
+        )  # fmt: skip
+        return record(model, result) | {"plan_seconds": round(planned, 3)}
+    finally:
+        densify_(model)
+
+
+def sweep(
+    spec: SweepSpec,
+    wanted: Sequence[Cell],
+    output: str | os.PathLike[str],
+    *,
+    jobs: int = 1,
+    ray_address: str | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Run every cell that has no result yet, and write the table.
+
+    Args:
+        spec: the protocol.
+        wanted: the cells.
+        output: a .csv or .parquet file; finished cells are kept in ``<output>.cells/``.
+        jobs: processes; each loads the model once and takes its share of the threads.
+        ray_address: ``auto`` or a Ray address; runs the cells as Ray tasks instead.
+        progress: called with (cells done, cells).
+
+    Returns:
+        One record per cell, in the order of `wanted`.
+
+    Raises:
+        ActTailError: unknown ending of `output`, a missing package, or a bad cell; names it.
+    """
+    target = Path(output)
+    if target.suffix not in (".csv", ".parquet"):
+        raise ActTailError(f"a sweep is written as .csv or .parquet, not as {output}")
+    folder = target.with_name(f"{target.name}.cells")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ActTailError(f"cannot write {folder}: {error.strerror}") from error
+    files = {_key(spec, cell): cell for cell in wanted}
+    todo = {key: cell for key, cell in files.items() if not (folder / f"{key}.json").exists()}
+    done = len(files) - len(todo)
+    if progress is not None:
+        progress(done, len(files))
+    with _runner(spec, jobs, ray_address) as run:
+        for key, row in run(todo):
+            write_json(folder / f"{key}.json", finite(row))
+            done += 1
+            if progress is not None:
+                progress(done, len(files))
+    rows = [json.loads((folder / f"{key}.json").read_text()) for key in files]
+    _write_table(target, rows)
+    return rows
+
+
+Runner = Callable[[Mapping[str, Cell]], Iterator[tuple[str, dict[str, Any]]]]
+
+
+@contextmanager
+def _runner(spec: SweepSpec, jobs: int, ray_address: str | None) -> Iterator[Runner]:
+    if ray_address is not None:
+        with _ray_runner(spec, ray_address) as run:
+            yield run
+    elif jobs <= 1:
+        yield lambda todo: ((key, run_cell(spec, cell)) for key, cell in todo.items())
+    else:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        # spawn: a forked torch inherits locked thread pools.
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+
+            def parallel(todo: Mapping[str, Cell]) -> Iterator[tuple[str, dict[str, Any]]]:
+                futures = {
+                    pool.submit(run_cell, spec, cell, threads): key for key, cell in todo.items()
+                }
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+
+            try:
+                yield parallel
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+@contextmanager
+def _ray_runner(spec: SweepSpec, address: str) -> Iterator[Runner]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ActTailError("a Ray cluster needs the extra: pip install 'acttail[ray]'") from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(
+            None if address == "local" else address, log_to_driver=False, include_dashboard=False
+        )
+    task = ray.remote(run_cell)
+
+    def distributed(todo: Mapping[str, Cell]) -> Iterator[tuple[str, dict[str, Any]]]:
+        waiting = {task.remote(spec, cell, 1): key for key, cell in todo.items()}
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1)
+            for reference in ready:
+                yield waiting.pop(reference), ray.get(reference)
+
+    try:
+        yield distributed
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
+        for key, value in row.items()
+        if key not in _LEFT_OUT
+    }
+
+
+def _write_table(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    flat = [_flat(row) for row in rows]
+    with replacing(target) as temporary:
+        if target.suffix == ".csv":
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(flat[0]))
+                writer.writeheader()
+                writer.writerows(flat)
+            return
+        try:
+            import pyarrow as pa
+            from pyarrow import parquet
+        except ImportError as error:
+            raise ActTailError(
+                "Parquet needs pyarrow (pip install pyarrow); or write a .csv"
+            ) from error
+        parquet.write_table(pa.Table.from_pylist(flat), temporary)

@@ -1,0 +1,121 @@
+"""Sweeps: every cell once, resumed after a stop, the same in one process, several, or on Ray."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from acttail.errors import ActTailError
+from acttail.evaluate import sweep as module
+from acttail.evaluate.sweep import SweepSpec, cells, sweep
+
+
+@pytest.fixture
+def spec(tiny_folder, text_file):
+    return SweepSpec(
+        str(tiny_folder), str(text_file), str(text_file), calibration_tokens=64, tokens=128, window=64,
+        dtype="float32",
+    )  # fmt: skip
+
+
+WANTED = cells([0.3, 0.6], ["uniform", "sensitivity"], ["topk", "wina", "threshold"])
+NUMBERS = ("perplexity", "kl", "top1", "realised_sparsity")
+
+
+def same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert x["allocator"] == y["allocator"]
+        for key in NUMBERS:
+            assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-6)
+
+
+def test_rows_hold_the_protocol(spec, tmp_path):
+    rows = sweep(spec, WANTED, tmp_path / "out.csv")
+    assert len(rows) == 13
+    with (tmp_path / "out.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 13
+    needed = {"model", "text", "tokens", "window", "dtype", "prefill", "allocator", "arguments", "rule",
+              "sparsity", "realised_sparsity", "perplexity", "kl", "versions", "plan_seconds"}  # fmt: skip
+    assert needed <= set(table[0])
+    assert json.loads(table[1]["versions"])["acttail"]
+    assert table[0]["allocator"] == ""
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    again = sweep(spec, WANTED, tmp_path / "out.parquet")
+    assert pyarrow.read_table(tmp_path / "out.parquet").num_rows == 13
+    same(rows, again)
+
+
+def test_a_stopped_sweep_goes_on(spec, tmp_path, monkeypatch):
+    whole = sweep(spec, WANTED, tmp_path / "whole.csv")
+    real, ran = module.run_cell, []
+
+    def failing(spec, cell, threads=None):
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        ran.append(cell)
+        return real(spec, cell, threads)
+
+    monkeypatch.setattr(module, "run_cell", failing)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(spec, WANTED, tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+    monkeypatch.setattr(module, "run_cell", lambda s, c, t=None: ran.append(c) or real(s, c, t))
+    rows = sweep(spec, WANTED, tmp_path / "out.csv")
+    assert len(ran) == 13
+    same(whole, rows)
+
+
+def test_bad_output(spec, tmp_path):
+    with pytest.raises(ActTailError, match=r"\.csv or \.parquet"):
+        sweep(spec, WANTED, tmp_path / "out.xlsx")
+
+
+@pytest.mark.slow
+def test_processes_agree_with_one(spec, tmp_path):
+    same(
+        sweep(spec, WANTED[:5], tmp_path / "a.csv"),
+        sweep(spec, WANTED[:5], tmp_path / "b.csv", jobs=2),
+    )
+
+
+@pytest.mark.slow
+def test_ray_agrees_with_one(spec, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    one = sweep(spec, WANTED[:4], tmp_path / "a.csv")
+    same(one, sweep(spec, WANTED[:4], tmp_path / "b.csv", ray_address="local"))
+
+
+@pytest.mark.slow
+def test_kill_twenty_times(spec, tmp_path):
+    """kill -9 at random moments: the resumed table equals the undisturbed one."""
+    whole = sweep(spec, WANTED, tmp_path / "whole.csv")
+    command = [
+        sys.executable, "-m", "acttail", "sweep", spec.model, "--text", spec.text, "-o", str(tmp_path / "out.csv"),
+        "--sparsity", "0.3,0.6", "--allocator", "uniform,sensitivity", "--rule", "topk,wina,threshold",
+        "--calibration-text", spec.text, "--calibration-tokens", "64", "--tokens", "128", "--window", "64",
+        "--dtype", "float32",
+    ]  # fmt: skip
+    rng = np.random.default_rng(1)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(20):
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(1.0, 6.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+    with (tmp_path / "out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 13
+    for a, b in zip(whole, rows, strict=True):
+        for key in NUMBERS:
+            assert a[key] == pytest.approx(float(b[key]), rel=1e-4, abs=1e-6)
