@@ -6,12 +6,14 @@ damaged input is smaller than the one they were measured on.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
+from acttail.budget import kept_entries
 from acttail.calibrate import Calibration, probing
 from acttail.ops import topk_mask
+from acttail.rules import Threshold
 
 # Magnitudes kept per projection for the quantile; the sampling error of a sparsity is below 0.1 %.
 _SAMPLES = 400_000
@@ -22,6 +24,10 @@ def thresholds(
 ) -> dict[str, dict[str, float]]:
     """A magnitude threshold for every projection.
 
+    Two passes: the first runs under TopK, the second under the first one's thresholds, so that the
+    quantiles are those of the model that will run (on SmolLM2-135M the realised sparsity then drifts
+    by 0.4-0.7 % on other text, against 2.3 % with thresholds of the dense model).
+
     Args:
         calibration: model and text.
         sparsities: projection name -> wanted sparsity.
@@ -29,8 +35,24 @@ def thresholds(
     Returns:
         name -> {"threshold": t} with |x| <= t dropped; nothing for a projection left dense.
     """
-    from acttail.budget import kept_entries
+    first = _pass(
+        calibration,
+        sparsities,
+        lambda name, x: topk_mask(x, kept_entries(sparsities[name], x.shape[-1])),
+    )
 
+    def under(name: str, x: torch.Tensor) -> torch.Tensor:
+        return Threshold(first[name])(x) if name in first else x
+
+    second = _pass(calibration, sparsities, under)
+    return {name: {"threshold": second[name]} if name in second else {} for name in sparsities}
+
+
+def _pass(
+    calibration: Calibration, sparsities: Mapping[str, float],
+    select: Callable[[str, torch.Tensor], torch.Tensor],
+) -> dict[str, float]:  # fmt: skip
+    """Quantiles of |x| at the wanted sparsities, while the model runs under `select`."""
     model = calibration.model
     batches = calibration.batches().to(next(model.parameters()).device)
     per_batch = max(1, _SAMPLES // len(batches))
@@ -40,17 +62,16 @@ def thresholds(
         magnitudes = x.detach().abs().float().flatten()
         stride = max(1, magnitudes.numel() // per_batch)
         samples[name].append(magnitudes[::stride].cpu())
-        return topk_mask(x, kept_entries(sparsities[name], x.shape[-1]))
+        return select(name, x)
 
     with torch.inference_mode(), probing(model, probe):
         for index, ids in enumerate(batches):
             model(input_ids=ids[None], use_cache=False)
             if calibration.progress is not None:
                 calibration.progress(index + 1, len(batches))
-    found: dict[str, dict[str, float]] = {}
+    found = {}
     for name, s in sparsities.items():
-        found[name] = {}
         if s > 0 and samples[name]:
             ordered = torch.cat(samples[name]).sort().values
-            found[name]["threshold"] = float(ordered[min(int(s * len(ordered)), len(ordered) - 1)])
+            found[name] = float(ordered[min(int(s * len(ordered)), len(ordered) - 1)])
     return found

@@ -2,6 +2,9 @@
 
 import json as json_module
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +17,7 @@ from acttail.cli.common import (
     Json,
     Set,
     calibration_for,
+    err,
     load_model,
     out,
     print_json,
@@ -35,7 +39,19 @@ def plan(
         list[str] | None, typer.Argument(metavar="[A B]", help="After diff: two plan files.")
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Model sparsity, 0 to 0.99.")] = None,
-    allocator: Annotated[str, typer.Option(help="The rule that makes the budget.")] = "acttail",
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Instead: most the loss may rise, nats per token, on held-out text."),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Instead: most KL to the dense model, nats per token.")
+    ] = None,
+    allocator: Annotated[
+        str | None, typer.Option(help="The rule that makes the budget [default: acttail].")
+    ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="Which entries stay: topk, wina or threshold.")
+    ] = None,
     set_: Set = None,
     from_: Annotated[
         str | None, typer.Option("--from", help="JSON {projection: sparsity} made elsewhere.")
@@ -63,15 +79,22 @@ def plan(
         return
     if others:
         raise ActTailError(f"plan takes one MODEL, got {model} and {' '.join(others)}")
+    by_quality = max_loss is not None or max_kl is not None
+    request = _Request(
+        model, allocator or ("sensitivity" if by_quality else "acttail"), rule,
+        settings(set_) | ({"curves": curves} if curves else {}),
+        calibration_text, calibration_tokens, dtype,
+    )  # fmt: skip
+    if sum((from_ is not None, by_quality, sparsity is not None and from_ is None)) > 1:
+        raise ActTailError("give one of --sparsity, --max-loss, --max-kl and --from")
     if from_ is not None:
         made = _from_file(model, from_, sparsity)
+    elif by_quality:
+        made = _for_quality(request, max_loss, max_kl)
     else:
         if sparsity is None:
-            raise ActTailError("plan needs --sparsity (or --from)")
-        arguments = settings(set_) | ({"curves": curves} if curves else {})
-        made = _make(
-            model, sparsity, allocator, arguments, calibration_text, calibration_tokens, dtype
-        )
+            raise ActTailError("plan needs --sparsity (or --max-loss, --max-kl, --from)")
+        made = _make(request, sparsity)
     if output:
         made.save(output)
     if json:
@@ -81,36 +104,80 @@ def plan(
         out.print(f"written to {output}" if output else "not saved: give -o plan.json to keep it")
 
 
-def _make(
-    model: str, sparsity: float, allocator: str, arguments: dict[str, str], text: str | None,
-    tokens: int, dtype: str,
-) -> Any:  # fmt: skip
-    from acttail.allocate import get, make_plan
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for on the command line."""
+
+    model: str
+    allocator: str
+    rule: str | None
+    arguments: dict[str, str]
+    text: str | None
+    tokens: int
+    dtype: str
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model must be loaded and shown text."""
+        from acttail.allocate import get
+
+        allocation = get(self.allocator)
+        allocation.arguments(self.arguments)
+        if (self.rule or allocation.rule) == "threshold":
+            return True
+        # With the curves on disk another sparsity costs neither text nor a pass of the model.
+        curves = self.arguments.get("curves")
+        return allocation.needs_text and not (curves and Path(curves).exists())
+
+
+@contextmanager
+def _calibrated(request: _Request) -> Iterator[Any]:
+    """An AllocationContext with a loaded model and calibration text."""
+    from acttail.allocate import AllocationContext
+    from acttail.checkpoint import LoadedWeights
+
+    content = read_calibration_text(request.text, needed=True)
+    lm, tokenizer = load_model(request.model, request.dtype)
+    with work("calibrating") as progress:
+        calibration = calibration_for(lm, tokenizer, content, request.tokens, progress)
+        yield AllocationContext(LoadedWeights(lm), progress=progress, calibration=calibration)
+
+
+def _make(request: _Request, sparsity: float) -> Any:
+    from acttail.allocate import make_plan
     from acttail.analysis import as_weights
     from acttail.budget import check_target
 
     check_target(sparsity)
-    rule = get(allocator)
-    rule.arguments(arguments)
-    if not rule.needs_text:
-        with work("planning") as progress:
-            return make_plan(
-                as_weights(model),
-                sparsity,
-                allocator=allocator,
-                arguments=arguments,
-                progress=progress,
-            )
-    from acttail.checkpoint import LoadedWeights
+    arguments: dict[str, Any] = {
+        "allocator": request.allocator, "arguments": request.arguments, "rule": request.rule,
+    }  # fmt: skip
+    if request.calibrated:
+        with _calibrated(request) as context:
+            return make_plan(None, sparsity, context=context, **arguments)
+    with work("planning") as progress:
+        return make_plan(as_weights(request.model), sparsity, progress=progress, **arguments)
 
-    content = read_calibration_text(text, needed=True)
-    lm, tokenizer = load_model(model, dtype)
-    with work("calibrating") as progress:
-        calibration = calibration_for(lm, tokenizer, content, tokens, progress)
-        return make_plan(
-            LoadedWeights(lm), sparsity, allocator=allocator, arguments=arguments,
-            calibration=calibration, progress=progress,
+
+def _for_quality(request: _Request, max_loss: float | None, max_kl: float | None) -> Any:
+    from acttail.allocate import get
+    from acttail.quality import plan_for_quality
+
+    get(request.allocator).arguments(request.arguments)
+    limit = max_loss if max_loss is not None else max_kl
+    if limit is None or (max_loss is not None and max_kl is not None):
+        raise ActTailError("give one of --max-loss and --max-kl")
+    with _calibrated(request) as context:
+        found = plan_for_quality(
+            context, limit, metric="loss" if max_loss is not None else "kl",
+            allocator=request.allocator, arguments=request.arguments, rule=request.rule,
         )  # fmt: skip
+    what = "loss rises by" if max_loss is not None else "KL to dense is"
+    err.print(
+        f"sparsity {found.plan.sparsity:.3f}: on held-out calibration text the {what} "
+        f"{found.measured:.4f} nats per token (limit {limit:g}, predicted KL {found.predicted:.4f})"
+    )
+    return found.plan
 
 
 def _from_file(model: str, path: str, sparsity: float | None) -> Any:
