@@ -11,7 +11,6 @@ from acttail.cli.common import (
     Model,
     Prefill,
     Stride,
-    TextName,
     Tokens,
     TrustRemoteCode,
     Window,
@@ -22,11 +21,17 @@ from acttail.cli.common import (
     with_error,
     work,
 )
+from acttail.errors import ActTailError
 
 
 def evaluate(
     model: Model,
-    text: TextName,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text", help="File, folder, python-docs:score, or hf:DATASET[/CONFIG][:SPLIT]."
+        ),
+    ] = None,
     plan: Annotated[str | None, typer.Option(help="Plan file; dense without one.")] = None,
     tokens: Tokens = None,
     window: Window = 1024,
@@ -34,6 +39,13 @@ def evaluate(
     dtype: Dtype = "bfloat16",
     prefill: Prefill = None,
     metrics: Metrics = "perplexity",
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated lm-eval tasks, zero-shot.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task.", min=1)] = None,
+    task_data: Annotated[
+        str | None, typer.Option(help="Folder with the tasks' data; the Hub without one.")
+    ] = None,
     save_nll: Annotated[
         str | None, typer.Option(help="Write the per-token losses here (.npy or .safetensors).")
     ] = None,
@@ -45,7 +57,7 @@ def evaluate(
     import torch
 
     from acttail.evaluate.perplexity import perplexity
-    from acttail.evaluate.record import record, save_token_nll
+    from acttail.evaluate.record import identity, record, save_token_nll
     from acttail.plan import SparsityPlan
     from acttail.prefill import PrefillPolicy
     from acttail.sparsify import sparsify_
@@ -53,26 +65,60 @@ def evaluate(
 
     policy = PrefillPolicy.parse(prefill or "all")
     loaded_plan = SparsityPlan.load(plan) if plan else None
-    content = read_text(text)
+    if text is None and tasks is None:
+        raise ActTailError("eval needs --text, --tasks, or both")
+    content = read_text(text) if text is not None else None
     torch.manual_seed(seed)
     lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
     if loaded_plan is not None:
         sparsify_(lm, loaded_plan, prefill=policy)
-    with work("evaluating") as progress:
-        result = perplexity(
-            lm, tokenizer, content, window=window, tokens=tokens, stride=stride,
-            prefill=prefill, metrics=names(metrics), progress=progress,
-        )  # fmt: skip
-    if save_nll:
-        save_token_nll(save_nll, result)
-    row = record(lm, result) | {"seed": seed}
+    row: dict[str, Any] = {}
+    if content is not None:
+        with work("evaluating") as progress:
+            result = perplexity(
+                lm, tokenizer, content, window=window, tokens=tokens, stride=stride,
+                prefill=prefill, metrics=names(metrics), progress=progress,
+            )  # fmt: skip
+        if save_nll:
+            save_token_nll(save_nll, result)
+        row = record(lm, result)
+    if tasks is not None:
+        scores = _tasks(lm, tokenizer, names(tasks), limit, task_data, seed)
+        row = (row or identity(lm)) | {"tasks": scores}
+    row["seed"] = seed
     if json:
         print_json(row)
     else:
         _print(row)
 
 
+def _tasks(
+    lm: Any, tokenizer: Any, tasks: list[str], limit: int | None, data: str | None, seed: int
+) -> dict[str, Any]:
+    from acttail.evaluate.tasks import evaluate_tasks
+
+    found = evaluate_tasks(lm, tokenizer, tasks, limit=limit, data=data, seed=seed)
+    return {
+        r.task: {
+            "metrics": {m: {"value": v, "stderr": e} for m, (v, e) in r.metrics.items()},
+            "n": len(r.items), "items": r.items,
+        }
+        for r in found
+    }  # fmt: skip
+
+
 def _print(row: dict[str, Any]) -> None:
+    for task, scores in row.get("tasks", {}).items():
+        shown = ", ".join(
+            f"{m} {s['value']:.4f}" + (f" ± {s['stderr']:.4f}" if s["stderr"] is not None else "")
+            for m, s in scores["metrics"].items()
+        )
+        out.print(f"{task}: {shown} ({scores['n']} items)")
+    if "perplexity" in row:
+        _print_perplexity(row)
+
+
+def _print_perplexity(row: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, title=row["model"])

@@ -16,17 +16,15 @@ from acttail.plan import created_with
 from acttail.sparsify import sparse_state
 
 
-def record(model: Any, result: PerplexityResult) -> dict[str, Any]:
-    """One row: what was measured, on what, how.
+def identity(model: Any) -> dict[str, Any]:
+    """Which model, under which plan, with which versions.
 
     Args:
-        model: the model as it was evaluated.
-        result: of :func:`acttail.perplexity`.
+        model: a causal LM, dense or sparse.
     """
     state = sparse_state(model)
     plan = state.plan if state else None
     source = getattr(model, "acttail_source", None)
-    realised = result.realised
     return {
         "model": LoadedWeights(model).name,
         "revision": (source.revision if source else None)
@@ -35,6 +33,20 @@ def record(model: Any, result: PerplexityResult) -> dict[str, Any]:
         "rule": plan.rule if plan else None,
         "arguments": plan.arguments if plan else {},
         "sparsity": plan.sparsity if plan else 0.0,
+        "versions": created_with(),
+    }
+
+
+def record(model: Any, result: PerplexityResult) -> dict[str, Any]:
+    """One row: what was measured, on what, how.
+
+    Args:
+        model: the model as it was evaluated.
+        result: of :func:`acttail.perplexity`.
+    """
+    state = sparse_state(model)
+    realised = result.realised
+    return identity(model) | {
         "realised_sparsity": realised.model if realised else 0.0,
         "perplexity": result.perplexity,
         "perplexity_stderr": result.perplexity_stderr,
@@ -54,8 +66,7 @@ def record(model: Any, result: PerplexityResult) -> dict[str, Any]:
         "prefill": result.prefill,
         "text": result.text,
         "seconds": round(result.seconds, 3),
-        "bytes_per_token": asdict(token_bytes(model, plan)),
-        "versions": created_with(),
+        "bytes_per_token": asdict(token_bytes(model, state.plan if state else None)),
         "projections": realised.projections if realised else {},
     }
 
