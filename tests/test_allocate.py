@@ -189,6 +189,17 @@ def test_bad_targets(llama, target):
         make_plan(llama, target)
 
 
+def test_ffn_only_leaves_attention_dense(llama):
+    rule = get("ffn-only")
+    context = context_of(llama)
+    s = rule.allocate(context, 0.4, {})
+    assert model_sparsity(s, context.costs) == pytest.approx(0.4)
+    for p, value in zip(context.projections, s, strict=True):
+        assert (value > 0) == (p.kind in ("gate", "up", "down"))
+    with pytest.raises(BudgetError, match=r"at most, not 0\.9"):
+        rule.allocate(context, 0.9, {})
+
+
 def test_unit():
     assert unit(np.array([2.0, 3.0, 4.0])).tolist() == [-1, 0, 1]
     assert unit(np.array([2.0, 2.0])).tolist() == [0, 0]

@@ -72,6 +72,16 @@ def test_a_stopped_sweep_goes_on(spec, tmp_path, monkeypatch):
     same(whole, rows)
 
 
+def test_a_cell_out_of_reach_is_there_and_says_why(spec, tmp_path):
+    rows = sweep(spec, cells([0.95], ["uniform", "ffn-only"], ["default"]), tmp_path / "out.csv")
+    assert rows[1]["perplexity"] > 0
+    assert "at most" in rows[2]["unreachable"]
+    with (tmp_path / "out.csv").open() as file:
+        last = list(csv.DictReader(file))[2]
+    assert last["allocator"] == "ffn-only"
+    assert last["perplexity"] == ""
+
+
 def test_bad_output(spec, tmp_path):
     with pytest.raises(ActTailError, match=r"\.csv or \.parquet"):
         sweep(spec, WANTED, tmp_path / "out.xlsx")

@@ -6,6 +6,7 @@ from typing import Any
 from acttail.allocate.acttail import ACTTAIL
 from acttail.allocate.base import AllocationContext, Allocator, calibration_of
 from acttail.allocate.controls import DEPTH, PER_TYPE, PERMUTED, REVERSED, UNIFORM, WINA
+from acttail.allocate.ffn import FFN_ONLY
 from acttail.allocate.greedy import GREEDY
 from acttail.allocate.sensitivity import REFINED, SENSITIVITY
 from acttail.allocate.theory import ENERGY, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE
@@ -22,7 +23,7 @@ ALLOCATORS: dict[str, Allocator] = {
     a.name: a
     for a in (
         UNIFORM, ACTTAIL, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE,
-        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE, SENSITIVITY, REFINED, GREEDY, WINA,
+        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE, SENSITIVITY, REFINED, GREEDY, WINA, FFN_ONLY,
     )
 }  # fmt: skip
 

@@ -34,8 +34,9 @@ def sweep(
     ] = "0.4,0.5,0.6",
     allocator: Annotated[str, typer.Option(help="Comma-separated allocators.")] = "uniform,acttail",
     rule: Annotated[
-        str, typer.Option(help="Comma-separated rules: topk, wina, threshold.")
-    ] = "topk",
+        str,
+        typer.Option(help="Comma-separated: default (the allocator's own), topk, wina, threshold."),
+    ] = "default",
     calibration_text: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 4096,
     tokens: Tokens = None,
@@ -62,8 +63,8 @@ def sweep(
         if get(name).needs_text and calibration_text is None:
             raise ActTailError(f"{name} is calibrated: give --calibration-text FILE (or 'self')")
     for name in names(rule):
-        if name not in RULES:
-            raise ActTailError(f"unknown rule {name!r}: use {', '.join(RULES)}")
+        if name not in (*RULES, "default"):
+            raise ActTailError(f"unknown rule {name!r}: use default, {', '.join(RULES)}")
     policy = str(PrefillPolicy.parse(prefill or "all"))
     read_text(text)
     spec = SweepSpec(

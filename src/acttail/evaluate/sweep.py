@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from acttail.errors import ActTailError
+from acttail.errors import ActTailError, BudgetError
 from acttail.files import finite, replacing, write_json
 
 Progress = Callable[[int, int], None]
@@ -122,7 +122,7 @@ def run_cell(spec: SweepSpec, cell: Cell, threads: int | None = None) -> dict[st
 
     from acttail.allocate import make_plan
     from acttail.evaluate.perplexity import perplexity
-    from acttail.evaluate.record import record
+    from acttail.evaluate.record import identity, record
     from acttail.sparsify import densify_, sparsify_
 
     if threads is not None:
@@ -131,10 +131,17 @@ def run_cell(spec: SweepSpec, cell: Cell, threads: int | None = None) -> dict[st
     densify_(model)
     started = time.perf_counter()
     if cell.allocator is not None:
-        plan = make_plan(
-            model, cell.sparsity, allocator=cell.allocator, arguments=cell.arguments, rule=cell.rule,
-            context=context,
-        )  # fmt: skip
+        try:
+            plan = make_plan(
+                model, cell.sparsity, allocator=cell.allocator, arguments=cell.arguments,
+                rule=None if cell.rule == "default" else cell.rule, context=context,
+            )  # fmt: skip
+        except BudgetError as error:
+            # Not every rule reaches every sparsity: the cell is there, empty, and says why.
+            return identity(model) | {
+                "allocator": cell.allocator, "rule": cell.rule, "sparsity": cell.sparsity,
+                "unreachable": str(error),
+            }  # fmt: skip
         sparsify_(model, plan, prefill=spec.prefill, check_contents=False)
     planned = time.perf_counter() - started
     try:
@@ -262,10 +269,12 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_table(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     flat = [_flat(row) for row in rows]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    flat = [{key: row.get(key) for key in columns} for row in flat]
     with replacing(target) as temporary:
         if target.suffix == ".csv":
             with temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=list(flat[0]))
+                writer = csv.DictWriter(file, fieldnames=columns)
                 writer.writeheader()
                 writer.writerows(flat)
             return

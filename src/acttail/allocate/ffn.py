@@ -1,0 +1,38 @@
+"""`ffn-only`: sparsity in the feed-forward networks alone, attention left dense.
+
+The setting of Dhar et al. 2024 (arXiv 2412.12178): percentile thresholds on the inputs of the FFN's
+projections. The FFN holds a part of the weights, so the model sparsity it can reach is bounded.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from acttail.allocate.base import AllocationContext, Allocator, Array
+from acttail.budget import HIGHEST, check_target, model_sparsity
+from acttail.errors import BudgetError
+
+_FFN_KINDS = frozenset({"gate", "up", "gate_up", "down", "fc1", "fc2"})
+
+
+def allocate(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
+    """[P] one sparsity for every FFN projection, 0 elsewhere.
+
+    Raises:
+        BudgetError: the target is beyond what the FFN can give; names the largest.
+    """
+    target = check_target(sparsity)
+    ffn = np.array([p.kind in _FFN_KINDS for p in context.projections], dtype=np.float64)
+    reach = HIGHEST * model_sparsity(ffn, context.costs)
+    if target > reach + 1e-9:
+        raise BudgetError(
+            f"ffn-only reaches a model sparsity of {reach:.3f} at most, not {target}; attention stays dense"
+        )
+    return ffn * min(target * HIGHEST / reach, HIGHEST) if reach > 0 else ffn
+
+
+FFN_ONLY = Allocator(
+    "ffn-only", "calibrated: percentile thresholds in the FFN alone, after Dhar et al.", {}, allocate,
+    needs_text=True, rule="threshold",
+)  # fmt: skip
