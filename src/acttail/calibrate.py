@@ -15,7 +15,7 @@ import torch
 
 from acttail.checkpoint import LoadedWeights
 from acttail.errors import TextError
-from acttail.plan import SparsityPlan, build_plan, sketch
+from acttail.plan import build_plan, sketch
 from acttail.projections import decoder_blocks
 from acttail.sparsify import densify_, sparse_state, sparsify_
 from acttail.text import Text, bos_of, tokenize, windows
@@ -186,7 +186,6 @@ def backward_by_block(
     ids: torch.Tensor,
     objective: Objective,
     visit: Visit,
-    select: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
     """Run one batch forward and back, showing each block's projections to `visit`, last block first.
 
@@ -196,8 +195,6 @@ def backward_by_block(
         objective: logits [batch, tokens, vocabulary] -> (value, gradient with respect to them).
         visit: is shown (block, {projection: (x, Wᵀg)}) with x and Wᵀg [rows, d_in]; g is the gradient
             of the objective with respect to the projection's output.
-        select: what each projection is given instead of its input; gradients pass through it, and x
-            is what went into it.
 
     Returns:
         The objective's value.
@@ -207,9 +204,9 @@ def backward_by_block(
 
     def probe(name: str, x: torch.Tensor) -> torch.Tensor:
         if not taping:
-            return x if select is None else select(name, x)
+            return x
         # A leaf-like view of its own for each projection: its gradient is Wᵀg of that one alone.
-        own = x.view_as(x) if select is None else select(name, x)
+        own = x.view_as(x)
         if own.requires_grad:
             own.retain_grad()
         seen[name] = (x.detach(), own)
@@ -266,11 +263,3 @@ def fisher_objective(generator: torch.Generator) -> Objective:
         return total, upstream
 
     return objective
-
-
-def with_plan(plan: SparsityPlan) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """A `select` that applies a plan's TopK, with gradients passing through what is kept."""
-    from acttail.ops import topk_mask
-
-    ks = {name: entry.k for name, entry in plan.projections.items()}
-    return lambda name, x: topk_mask(x, ks[name])

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 
 from acttail.backends import cpu, reference
 from acttail.budget import kept_entries
-from acttail.calibrate import Calibration, backward_by_block, fisher_objective
+from acttail.calibrate import Calibration, backward_by_block, fisher_objective, probing
+from acttail.checkpoint import LoadedWeights
 from acttail.errors import ActTailError, PlanError
 from acttail.files import cache_dir, replacing
 from acttail.projections import find_projections
@@ -197,9 +198,6 @@ def _output_step(
     scale: dict[str, float],
 ) -> None:
     """A random g ~ N(0, I) makes E[(g·WΔx)²] = |WΔx|², so the same machinery gives output errors."""
-    from acttail.calibrate import probing
-    from acttail.checkpoint import LoadedWeights
-
     weights = LoadedWeights(model)
     by_name = {p.name: p for p in weights.projections}
 

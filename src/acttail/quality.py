@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from acttail.allocate.base import AllocationContext, calibration_of
 from acttail.allocate.registry import get, make_plan
-from acttail.allocate.sensitivity import curves_for
+from acttail.allocate.sensitivity import curves_for, minimise
 from acttail.budget import HIGHEST
 from acttail.calibrate import Calibration
 from acttail.curves import predicted_loss
@@ -141,8 +141,6 @@ def _predicted_sparsity(
     context: AllocationContext, limit: float, arguments: Mapping[str, Any]
 ) -> float:
     """Largest sparsity whose predicted KL is within the limit, by bisection on the curves alone."""
-    from acttail.allocate.sensitivity import minimise
-
     curves = curves_for(context, arguments)
     costs = {p.name: p.cost for p in context.projections}
     low, high = 0.0, HIGHEST

@@ -54,7 +54,7 @@ class SparseState:
 def _select(
     x: torch.Tensor, rule: Rule, state: SparseState, name: str, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """X with the dropped entries zeroed, in the rows that are sparse.
+    """The input with the dropped entries zeroed, in the rows that are sparse.
 
     Args:
         x: [..., d].

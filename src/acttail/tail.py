@@ -72,8 +72,8 @@ def _ks(values: torch.Tensor, start: int, alpha: float) -> float:
     return float((empirical - (1 - (tail / tail[0]) ** (1 - alpha))).abs().max())
 
 
-def _candidates(values: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Alpha and KS distance with the tail starting at each index of `starts`, vectorised."""
+def _distances(values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """KS distance with the tail starting at each index of `starts`, vectorised."""
     # numpy: on rows this short, waking torch's threads costs more than the arithmetic.
     logs, first = np.log(values.numpy()), starts.numpy()
     count = len(logs)
@@ -91,7 +91,7 @@ def _candidates(values: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tenso
         fitted = 1 - np.exp(exponent)  # [rows, N - lowest]
         gap = np.abs((index[lowest:] - at) / sizes[part, None] - fitted)
         distances[part] = np.where(index[lowest:] < at, 0, gap).max(1)
-    return torch.from_numpy(alphas), torch.from_numpy(distances)
+    return torch.from_numpy(distances)
 
 
 def _fit_at(values: torch.Tensor, start: int, flag: str | None, *, stderr: bool = True) -> TailFit:
@@ -189,8 +189,7 @@ def fit_peak(eigenvalues: torch.Tensor) -> TailFit:
 
 
 def _least_distance(values: torch.Tensor, starts: torch.Tensor, flag: str | None) -> TailFit:
-    _, distances = _candidates(values, starts)
-    return _fit_at(values, int(starts[int(distances.argmin())]), flag)
+    return _fit_at(values, int(starts[int(_distances(values, starts).argmin())]), flag)
 
 
 def fit_farms(pooled_eigenvalues: torch.Tensor) -> TailFit:

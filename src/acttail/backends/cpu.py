@@ -78,6 +78,13 @@ def supports(x: torch.Tensor) -> bool:
     )
 
 
+def _library() -> ctypes.CDLL:
+    library, found = _load()
+    if library is None:
+        raise RuntimeError(f"the native backend is not available: {found.reason}")
+    return library
+
+
 def topk_mask(x: torch.Tensor, k: int) -> torch.Tensor:
     """Native counterpart of :func:`acttail.backends.reference.topk_mask`, bit for bit the same.
 
@@ -88,9 +95,7 @@ def topk_mask(x: torch.Tensor, k: int) -> torch.Tensor:
     Raises:
         RuntimeError: the library refused the arguments or ran out of memory.
     """
-    library = _load()[0]
-    if library is None:
-        raise RuntimeError(f"the native backend is not available: {status().reason}")
+    library = _library()
     x = x.contiguous()
     y = torch.empty_like(x)
     columns = x.shape[-1]
@@ -129,9 +134,7 @@ def partial_energies(
     Raises:
         RuntimeError: the library refused the arguments or ran out of memory.
     """
-    library = _load()[0]
-    if library is None:
-        raise RuntimeError(f"the native backend is not available: {status().reason}")
+    library = _library()
     x = x.contiguous()
     held = [v.contiguous() for v in vectors]
     pointers = (ctypes.c_void_p * len(held))(*(v.data_ptr() for v in held))
