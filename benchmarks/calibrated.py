@@ -19,6 +19,7 @@ import acttail
 from acttail.allocate import AllocationContext, make_plan
 from acttail.calibrate import Calibration
 from acttail.checkpoint import LoadedWeights
+from acttail.evaluate.tasks import paired_interval
 from acttail.text import read_text
 
 TOKENS = {"wikitext": 32768, "python-docs": 16384}
@@ -72,10 +73,7 @@ def measure(which, sparsities):
 
 def paired(a, b):
     """Mean difference of log-perplexity of two rows, and its 95 % bootstrap interval over windows."""
-    x = torch.tensor(json.loads(a["nll_by_window"])) - torch.tensor(json.loads(b["nll_by_window"]))
-    picks = torch.randint(len(x), (4000, len(x)), generator=torch.Generator().manual_seed(0))
-    low, high = torch.quantile(x[picks].mean(1), torch.tensor([0.025, 0.975])).tolist()
-    return float(x.mean()), low, high
+    return paired_interval(json.loads(a["nll_by_window"]), json.loads(b["nll_by_window"]))
 
 
 def table(which):
