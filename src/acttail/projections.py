@@ -252,3 +252,16 @@ def find_projections(model: nn.Module) -> list[Projection]:
 def _with_shared_input(projection: Projection, group: list[str]) -> Projection:
     others = tuple(name for name in group if name != projection.name)
     return Projection(**{**projection.__dict__, "shared_input": others})
+
+
+def gated_mlps(projections: list[Projection]) -> list[tuple[Projection, Projection, Projection]]:
+    """(gate, up, down) of every MLP that has these three as matrices of their own; no routed experts."""
+    by_parent: dict[str, dict[str, Projection]] = defaultdict(dict)
+    for p in projections:
+        if p.expert is None and p.cost == p.d_in * p.d_out:
+            by_parent[p.module.rpartition(".")[0]][p.kind] = p
+    return [
+        (mlp["gate"], mlp["up"], mlp["down"])
+        for mlp in by_parent.values()
+        if {"gate", "up", "down"} <= set(mlp)
+    ]

@@ -4,13 +4,15 @@ A rule is bound to one projection and maps [..., d] to the same shape with the d
 TopK is the definition; the others exist because peers use them and are compared fairly here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from acttail.ops import topk_mask
 
-NAMES = ("topk", "wina", "threshold", "top-p")
+NAMES = ("topk", "wina", "threshold", "top-p", "cats")
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,9 @@ class TopK:
         """[..., d] -> [..., d]."""
         return topk_mask(x, self.k)
 
-    def kept(self, x: torch.Tensor, y: torch.Tensor) -> int:
-        """Entries that stayed, over all rows of x."""
-        return x.numel() // x.shape[-1] * self.k
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows] int64: entries that stay in each row of x."""
+        return torch.full((x.numel() // x.shape[-1],), self.k)
 
 
 @dataclass
@@ -55,9 +57,9 @@ class ScaledTopK:
         # A kept zero stays zero either way; NaN compares unequal to zero and so stays visible.
         return torch.where(kept != 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
-    def kept(self, x: torch.Tensor, y: torch.Tensor) -> int:
-        """Entries that stayed, over all rows of x."""
-        return x.numel() // x.shape[-1] * self.k
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows] int64: entries that stay in each row of x."""
+        return torch.full((x.numel() // x.shape[-1],), self.k)
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ class Threshold:
             x.abs() <= self.threshold, torch.zeros((), dtype=x.dtype, device=x.device), x
         )
 
-    def kept(self, x: torch.Tensor, y: torch.Tensor) -> int:
-        """Entries that stayed, over all rows of x."""
-        return int(x.numel() - (x.abs() <= self.threshold).sum())
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows] int64: entries that stay in each row of x."""
+        return (~(x.abs() <= self.threshold)).sum(-1).flatten()
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,57 @@ class TopP:
         """[..., d] -> [..., d]."""
         return torch.where(self._keep(x), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
-    def kept(self, x: torch.Tensor, y: torch.Tensor) -> int:
-        """Entries that stayed, over all rows of x."""
-        return int(self._keep(x).sum())
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows] int64: entries that stay in each row of x."""
+        return self._keep(x).sum(-1).flatten()
 
 
-Rule = TopK | ScaledTopK | Threshold | TopP
+@dataclass
+class GateTap:
+    """What the gate of one MLP last gave; a hook on the gate's module fills it.
+
+    Attributes:
+        activation: of the MLP, applied to the gate's output.
+        threshold: magnitude of the activated gate below which an intermediate entry is dropped.
+        drop: [..., d_ff] bool, True where it is dropped; None before the first pass.
+    """
+
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    threshold: float
+    drop: torch.Tensor | None = None
+
+    def __call__(self, module: Any, args: Any, output: torch.Tensor) -> None:
+        """The hook: [..., d_ff] gate output."""
+        self.drop = self.activation(output).abs() <= self.threshold
+
+
+@dataclass
+class GateThreshold:
+    """CATS (Lee et al. 2024, arXiv 2404.08763): the activated gate decides for `up` and `down`.
+
+    Entries of the intermediate vector whose gate is small are dropped: `down` does not read them, and
+    `up` need not compute them. `up`'s input stays whole; what it saves are rows of its weight, which
+    :meth:`kept` counts as the same share of its input.
+
+    Attributes:
+        tap: of the gate in the same MLP.
+        output: True for `up`, whose output is dropped (by what `down` then masks), False for `down`.
+    """
+
+    tap: GateTap
+    output: bool
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., d] -> [..., d]."""
+        if self.output or self.tap.drop is None:
+            return x
+        return torch.where(self.tap.drop, torch.zeros((), dtype=x.dtype, device=x.device), x)
+
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows] int64: entries that stay in each row of x, or would at the same cost."""
+        assert self.tap.drop is not None  # noqa: S101  (the gate runs before up and down)
+        stay = (~self.tap.drop).flatten(0, -2)
+        return (stay.sum(-1) * x.shape[-1] / stay.shape[-1]).round().long()
+
+
+Rule = TopK | ScaledTopK | Threshold | TopP | GateThreshold

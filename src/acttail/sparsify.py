@@ -22,8 +22,8 @@ from acttail.checkpoint import LoadedWeights
 from acttail.errors import ActTailError, ModelError, PlanError
 from acttail.plan import SparsityPlan
 from acttail.prefill import PrefillPolicy, past_length
-from acttail.projections import Projection, is_stacked_experts
-from acttail.rules import Rule, ScaledTopK, Threshold, TopK, TopP
+from acttail.projections import Projection, gated_mlps, is_stacked_experts
+from acttail.rules import GateTap, GateThreshold, Rule, ScaledTopK, Threshold, TopK, TopP
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,6 +40,7 @@ class SparseState:
         probe: while calibrating, sees each projection's input instead of the rule and returns what
             the projection is given; else None.
         handle: the model's hook, for policies that need to see each pass.
+        taps: handles of the hooks on gates, under the rule ``cats``.
     """
 
     plan: SparsityPlan
@@ -48,6 +49,7 @@ class SparseState:
     counts: dict[str, list[int]] | None = None
     probe: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     handle: Any = None
+    taps: list[Any] = field(default_factory=list)
     config_owned: bool = field(default=False)
 
 
@@ -70,7 +72,7 @@ def _select(
     if rows is True:
         y = rule(x)
         if state.counts is not None:
-            _count(state.counts[name], rule.kept(x, y), x.numel())
+            _count(state.counts[name], int(rule.kept(x).sum()), x.numel())
         return y
     if rows is False:
         y, kept = x, x.numel()
@@ -86,8 +88,7 @@ def _select(
         keep = flat.reshape(*x.shape[:-1], 1)
         y, kept = torch.where(keep, rule(x), x), 0
         if state.counts is not None:
-            some = x.reshape(-1, d)[flat]
-            kept = rule.kept(some, some) + (flat.numel() - some.shape[0]) * d
+            kept = int(torch.where(flat, rule.kept(x).to(flat.device), d).sum())
     if state.counts is not None:
         _count(state.counts[name], kept, x.numel())
     return y
@@ -241,11 +242,12 @@ def sparsify_(
     weights = LoadedWeights(model)
     plan.check(weights, contents=check_contents)
     state = SparseState(plan, policy)
+    gated = _tap_gates(model, plan, weights, state) if plan.rule == "cats" else {}
     stacked: dict[str, dict[str, list[Rule]]] = defaultdict(lambda: defaultdict(list))
     plain: list[tuple[nn.Module, str, Rule]] = []
     for p in weights.projections:
         module = model.get_submodule(p.module)
-        rule = _rule_of(plan, weights, p)
+        rule = gated.get(p.name) or _rule_of(plan, weights, p)
         if is_stacked_experts(module):
             _check_experts(p.module, module)
             stacked[p.module][p.parameter].append(rule)
@@ -276,6 +278,35 @@ def _rule_of(plan: SparsityPlan, weights: LoadedWeights, projection: Projection)
         case "top-p" if entry.p is not None:
             return TopP(entry.p)
     return TopK(entry.k)
+
+
+def _tap_gates(
+    model: nn.Module, plan: SparsityPlan, weights: LoadedWeights, state: SparseState
+) -> dict[str, Rule]:
+    """Rules of `up` and `down` under CATS; each MLP's gate gets a hook that both look at."""
+    rules: dict[str, Rule] = {}
+    for gate, up, down in gated_mlps(weights.projections):
+        threshold = plan.projections[down.name].threshold
+        if threshold is None:
+            continue
+        mlp = model.get_submodule(gate.module.rpartition(".")[0])
+        tap = GateTap(activation_of(mlp), threshold)
+        state.taps.append(model.get_submodule(gate.module).register_forward_hook(tap))
+        rules |= {up.name: GateThreshold(tap, True), down.name: GateThreshold(tap, False)}
+    return rules
+
+
+def activation_of(mlp: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation of a gated MLP of transformers.
+
+    Raises:
+        ModelError: it is not where transformers keeps it.
+    """
+    for name in ("act_fn", "activation_fn"):
+        found = getattr(mlp, name, None)
+        if callable(found):
+            return found  # type: ignore[no-any-return]
+    raise ModelError(f"cannot tell the activation of {type(mlp).__name__}")
 
 
 def _check_experts(path: str, module: nn.Module) -> None:
@@ -319,6 +350,8 @@ def densify_(model: Model) -> Model:
                 vars(module).pop(key, None)
     if state.handle is not None:
         state.handle.remove()
+    for tap in state.taps:
+        tap.remove()
     vars(model).pop("acttail_state", None)
     config = getattr(model, "config", None)
     if state.config_owned and config is not None and hasattr(config, "quantization_config"):

@@ -72,6 +72,16 @@ def _pass(
     found = {}
     for name, s in sparsities.items():
         if s > 0 and samples[name]:
-            ordered = torch.cat(samples[name]).sort().values
-            found[name] = float(ordered[min(int(s * len(ordered)), len(ordered) - 1)])
+            found[name] = quantile(samples[name], s)
     return found
+
+
+def quantile(samples: list[torch.Tensor], sparsity: float) -> float:
+    """The value below which the share `sparsity` of the samples lies.
+
+    Args:
+        samples: 1-D float32 tensors, taken together.
+        sparsity: in [0, 1).
+    """
+    ordered = torch.cat(samples).sort().values
+    return float(ordered[min(int(sparsity * len(ordered)), len(ordered) - 1)])

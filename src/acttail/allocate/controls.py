@@ -7,7 +7,7 @@ import numpy as np
 
 from acttail.allocate.acttail import DEFAULTS, offsets
 from acttail.allocate.base import AllocationContext, Allocator, Array, unit
-from acttail.budget import check_target, solve_offsets
+from acttail.budget import HIGHEST, check_target, solve, solve_offsets
 
 
 def allocate_uniform(
@@ -62,6 +62,27 @@ def allocate_per_type(
     return solve_offsets(wanted, context.costs, sparsity)
 
 
+def allocate_larosa(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Array:
+    """[P] LaRoSA's hand-set split (arXiv 2507.01299): s_i = c * f_i, with f set by the vector that is read.
+
+    What reads the residual stream (q, k, v, gate, up) gets the factor `stream`, what reads an inner
+    vector (o, down) the factor `inner`; c meets the budget. The rotation of LaRoSA is not part of it.
+    """
+    factors = np.array(
+        [arguments["inner" if p.kind in _INNER else "stream"] for p in context.projections]
+    )
+    target = check_target(sparsity)
+    return solve(lambda c: np.clip(c * factors, 0.0, HIGHEST), context.costs, target, (0.0, 1e3))
+
+
+# Kinds that read an inner vector of the block: the heads' outputs or the MLP's intermediate.
+_INNER = frozenset({"o", "down", "fc2"})
+LAROSA = Allocator(
+    "larosa", "control: LaRoSA's hand-set split, 0.8 for the stream's readers and 1.2 for o and down",
+    {"stream": 0.8, "inner": 1.2}, allocate_larosa,
+)  # fmt: skip
 UNIFORM = Allocator("uniform", "control: the same sparsity everywhere", {}, allocate_uniform)
 WINA = Allocator(
     "wina",

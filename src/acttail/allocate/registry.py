@@ -5,7 +5,8 @@ from typing import Any
 
 from acttail.allocate.acttail import ACTTAIL
 from acttail.allocate.base import AllocationContext, Allocator, calibration_of
-from acttail.allocate.controls import DEPTH, PER_TYPE, PERMUTED, REVERSED, UNIFORM, WINA
+from acttail.allocate.cats import CATS, gate_thresholds
+from acttail.allocate.controls import DEPTH, LAROSA, PER_TYPE, PERMUTED, REVERSED, UNIFORM, WINA
 from acttail.allocate.ffn import FFN_ONLY
 from acttail.allocate.greedy import GREEDY
 from acttail.allocate.sensitivity import REFINED, SENSITIVITY
@@ -23,7 +24,8 @@ ALLOCATORS: dict[str, Allocator] = {
     a.name: a
     for a in (
         UNIFORM, ACTTAIL, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE,
-        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE, SENSITIVITY, REFINED, GREEDY, WINA, FFN_ONLY,
+        ENERGY, DEPTH, PERMUTED, REVERSED, PER_TYPE, SENSITIVITY, REFINED, GREEDY, WINA, CATS, FFN_ONLY,
+        LAROSA,
     )
 }  # fmt: skip
 
@@ -87,7 +89,11 @@ def make_plan(
     solved = allocation.allocate(context, target, merged)
     sparsities = dict(zip((p.name for p in context.projections), map(float, solved), strict=True))
     extras = None
-    if (rule or allocation.rule) == "threshold":
+    if allocation.rule == "cats" and rule not in (None, "cats"):
+        raise ActTailError("cats has a rule of its own; leave --rule out")
+    if allocation.rule == "cats":
+        extras = gate_thresholds(calibration_of(context), sparsities)
+    elif (rule or allocation.rule) == "threshold":
         extras = thresholds(calibration_of(context), sparsities)
     return build_plan(
         context.weights,

@@ -8,7 +8,7 @@ import torch
 
 from acttail.allocate import AllocationContext, make_plan
 from acttail.checkpoint import LoadedWeights
-from acttail.evaluate.perplexity import PerplexityResult, clustered_mean, perplexity
+from acttail.evaluate.perplexity import DenseLogits, PerplexityResult, clustered_mean, perplexity
 from acttail.evaluate.record import record
 from acttail.sparsify import densify_, sparsify_
 from acttail.text import Text
@@ -53,6 +53,7 @@ def compare(
         ``nll_difference_to_uniform`` with its paired standard error.
     """
     densify_(model)
+    dense_logits = DenseLogits()
     cells = 1 + len(sparsities) * len(allocators)
     done = 0
 
@@ -65,7 +66,7 @@ def compare(
 
         result = perplexity(
             model, tokenizer, text, window=window, tokens=tokens, stride=stride, prefill=prefill,
-            metrics=metrics, progress=step,
+            metrics=metrics, dense_logits=dense_logits, progress=step,
         )  # fmt: skip
         done += 1
         return result

@@ -71,7 +71,7 @@ class _Dropper:
         else:
             rule = TopP(max(1 - self.level, 1e-6))
             y = rule(x)
-            kept = rule.kept(x, y)
+            kept = int(rule.kept(x).sum())
         self.dropped += x.numel() - kept
         self.seen += x.numel()
         return y

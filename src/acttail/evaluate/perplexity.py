@@ -1,5 +1,6 @@
 """Perplexity with its standard error, and the protocol that makes it comparable."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from acttail.errors import ActTailError, TextError
 from acttail.prefill import PrefillPolicy
-from acttail.sparsify import RealisedSparsity, counting, sparse_state
+from acttail.sparsify import RealisedSparsity, SparseState, counting, sparse_state
 from acttail.text import Text, bos_of, read_text, tokenize, windows
 
 Progress = Callable[[int, int], None]
@@ -73,6 +74,32 @@ class PerplexityResult:
 
 
 METRICS = ("perplexity", "kl", "top1")
+
+
+class DenseLogits:
+    """The dense model's logits per window, so that the next plan of a comparison need not run it again.
+
+    Valid for one model, text and protocol. What does not fit is computed again each time.
+
+    Attributes:
+        limit: bytes it may hold.
+    """
+
+    def __init__(self, limit: int = 4 << 30) -> None:
+        self.limit = limit
+        self._held: dict[int, torch.Tensor] = {}
+        self._bytes = 0
+
+    def get(self, window: int, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The logits [T, vocabulary] of a window, from memory or by running the dense model."""
+        if window in self._held:
+            return self._held[window]
+        logits = run()
+        size = logits.numel() * logits.element_size()
+        if self._bytes + size <= self.limit:
+            self._held[window] = logits
+            self._bytes += size
+        return logits
 
 
 def divergence(dense: torch.Tensor, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,6 +183,7 @@ def perplexity(
     stride: int | None = None,
     prefill: str | PrefillPolicy | None = None,
     metrics: Sequence[str] = ("perplexity",),
+    dense_logits: DenseLogits | None = None,
     progress: Progress | None = None,
 ) -> PerplexityResult:
     """Perplexity of a model, dense or sparse, on a text.
@@ -174,6 +202,7 @@ def perplexity(
         prefill: overrides the policy the model was made sparse with.
         metrics: ``perplexity``, ``kl`` (to the dense model) and ``top1`` (agreement with it); the last
             two run the dense model beside the sparse one and see damage earlier, with less noise.
+        dense_logits: reused between calls that differ in the plan alone.
         progress: called with (windows done, windows).
 
     Returns:
@@ -204,6 +233,7 @@ def perplexity(
         raise TextError(
             f"the tokenizer gives ids beyond the model's {vocabulary} embeddings; they do not match"
         )
+    held = dense_logits or DenseLogits(limit=0)
     step = stride or window - (bos is not None)
     losses = torch.full((len(batches), window - 1), float("nan"))
     kl, same = torch.zeros_like(losses), torch.ones_like(losses)
@@ -224,9 +254,7 @@ def perplexity(
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             losses[i] = token_losses(logits, ids[0, 1:]).cpu()
             if compared and state is not None:
-                state.rows, counts, state.counts = False, state.counts, None
-                dense = model(input_ids=ids, use_cache=False).logits[0, :-1]
-                state.rows, state.counts = rows, counts
+                dense = held.get(i, functools.partial(_dense_logits, model, state, ids))
                 kl[i], same[i] = (v.cpu() for v in divergence(dense, logits))
                 del dense
             del logits
@@ -251,6 +279,17 @@ def perplexity(
         kl=kl_mean[0], kl_stderr=kl_mean[1], top1=top1_mean[0], top1_stderr=top1_mean[1],
         token_kl=torch.where(mask, kl, float("nan")) if compared else None,
     )  # fmt: skip
+
+
+def _dense_logits(model: Any, state: SparseState, ids: torch.Tensor) -> torch.Tensor:
+    """[T - 1, vocabulary] logits of the same model with every token dense."""
+    rows, counts = state.rows, state.counts
+    state.rows, state.counts = False, None
+    try:
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        return logits
+    finally:
+        state.rows, state.counts = rows, counts
 
 
 def _rows_of(policy: PrefillPolicy, window: int) -> torch.Tensor | bool:
