@@ -139,6 +139,7 @@ class BlockTape:
         self.stack_path, self.blocks = decoder_blocks(model)
         self.calls: list[_Call | None] = [None] * len(self.blocks)
         self.last: torch.Tensor | None = None
+        self.tuples = False
 
     def __enter__(self) -> "BlockTape":
         self._handles = [
@@ -160,12 +161,42 @@ class BlockTape:
         return hook
 
     def _cut(self, module: Any, args: Any, output: Any) -> Any:
+        self.tuples = isinstance(output, tuple)
         hidden = output[0] if isinstance(output, tuple) else output
         self.last = hidden.detach().requires_grad_()
         torch.set_grad_enabled(
             True
         )  # the head runs with gradients; the caller's mode comes back after
         return (self.last, *output[1:]) if isinstance(output, tuple) else self.last
+
+    @contextmanager
+    def starting_at(self, index: int) -> Iterator[None]:
+        """Inside, the model's forward pass begins at block `index`, from its remembered input.
+
+        The blocks before it hand on what they are given; for passes that differ from that block on.
+        """
+        call = self.calls[index]
+        assert call is not None  # noqa: S101
+
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden,) if self.tuples else hidden
+
+        def restart(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (call.hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": call.hidden}
+
+        handle = self.blocks[index].register_forward_pre_hook(restart, with_kwargs=True)
+        skipped = list(self.blocks)[:index]
+        for block in skipped:
+            vars(block)["forward"] = skip
+        try:
+            yield
+        finally:
+            handle.remove()
+            for block in skipped:
+                del vars(block)["forward"]
 
     def replay(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Run block `index` again from its remembered input: (input leaf, output)."""

@@ -25,19 +25,23 @@ from safetensors.torch import save_file
 
 from acttail.backends import cpu, reference
 from acttail.budget import kept_entries
-from acttail.calibrate import Calibration, backward_by_block, fisher_objective, probing
+from acttail.calibrate import BlockTape, Calibration, backward_by_block, fisher_objective, probing
 from acttail.checkpoint import LoadedWeights
 from acttail.errors import ActTailError, PlanError
+from acttail.evaluate.perplexity import divergence
 from acttail.files import cache_dir, replacing
+from acttail.ops import topk_mask
 from acttail.projections import find_projections
 
 Array = npt.NDArray[np.float64]
 
-LOSSES = ("fisher", "output")
+LOSSES = ("fisher", "output", "kl")
 # Denser towards 1, where the curves bend most.
 GRID = (
     *(round(0.05 * i, 2) for i in range(19)), 0.925, 0.95, 0.965, 0.98, 0.99,
 )  # fmt: skip
+# One forward pass per projection and point: 7 points where 24 would take an hour for 512 tokens.
+KL_GRID = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 
 
 @dataclass(frozen=True)
@@ -90,25 +94,62 @@ class SensitivityCurves:
 class _Accumulator:
     """Sums of F over tokens, one row of the grid per projection."""
 
-    def __init__(self, names: list[str], d_in: dict[str, int], grid: Array) -> None:
+    def __init__(
+        self, names: list[str], d_in: dict[str, int], grid: Array, *, threshold: bool
+    ) -> None:
+        self._threshold = threshold
         self.sums = {name: torch.zeros(len(grid), dtype=torch.float64) for name in names}
         # How many of the smallest entries each grid point drops.
         self._dropped = {
             d: torch.tensor([d - kept_entries(s, d) for s in grid]) for d in set(d_in.values())
         }
 
+    def dropped(self, d_in: int) -> torch.Tensor:
+        """[G] int64: entries dropped at each grid point."""
+        return self._dropped[d_in]
+
     def visit(self, seen: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Add one block's projections; those that read the same vector share its sort."""
+        energies = _threshold_energies if self._threshold else _topk_energies
         groups: dict[tuple[int, torch.Size], list[str]] = defaultdict(list)
         for name, (x, _) in seen.items():
             groups[x.data_ptr(), x.shape].append(name)
         for names in groups.values():
             x = seen[names[0]][0].float()
             vectors = [seen[name][1].float() for name in names]
-            backend = cpu if cpu.supports(x) else reference
-            sums = backend.partial_energies(x, vectors, self._dropped[x.shape[-1]])
+            sums = energies(x, vectors, self._dropped[x.shape[-1]])
             for name, row in zip(names, sums, strict=True):
                 self.sums[name] += row
+
+
+def _topk_energies(
+    x: torch.Tensor, vectors: list[torch.Tensor], dropped: torch.Tensor
+) -> torch.Tensor:
+    """[n, G] half squared partial sums when each row drops its own smallest entries."""
+    if cpu.supports(x):
+        return cpu.partial_energies(x, vectors, dropped)
+    return reference.partial_energies(x, vectors, dropped)
+
+
+def _threshold_energies(
+    x: torch.Tensor, vectors: list[torch.Tensor], dropped: torch.Tensor
+) -> torch.Tensor:
+    """[n, G] half squared partial sums when one magnitude decides for all rows of the window.
+
+    The thresholds are the window's own quantiles, so that every point has its sparsity exactly.
+    """
+    magnitudes = x.abs()
+    ranks = (dropped.double() / x.shape[-1] * x.numel()).round().long().clamp(0, x.numel() - 1)
+    edges = magnitudes.flatten().sort().values[ranks.to(x.device)]
+    # An entry belongs to the first grid point whose threshold it does not reach.
+    place = torch.bucketize(magnitudes, edges, right=True)
+    sums = []
+    for v in vectors:
+        parts = torch.zeros(x.shape[0], len(edges) + 1, device=x.device)
+        parts.scatter_add_(1, place, x * v)
+        partial = parts.cumsum(1)[:, : len(edges)]
+        sums.append(0.5 * partial.double().square().sum(0))
+    return torch.stack(sums).cpu()
 
 
 def _monotone(values: Array) -> Array:
@@ -119,7 +160,8 @@ def measure(
     calibration: Calibration,
     *,
     loss: str = "fisher",
-    grid: tuple[float, ...] = GRID,
+    selection: str = "topk",
+    grid: tuple[float, ...] | None = None,
     resume: bool = True,
 ) -> SensitivityCurves:
     """Measure the curves of every projection, one backward pass per window.
@@ -130,9 +172,12 @@ def measure(
 
     Args:
         calibration: model and text.
-        loss: ``fisher`` (default; docs/log.md) or ``output``, the relative error of the projection's
-            own output, which needs no gradient of the model.
-        grid: sparsities at which the curves are taken, ascending, the first 0.
+        loss: ``fisher`` (default; docs/log.md); ``output``, the relative error of the projection's
+            own output, which needs no gradient of the model; or ``kl``, the measured KL divergence to
+            the dense model's logits with that projection alone sparse, one pass per point.
+        selection: ``topk``, or ``threshold``: one magnitude for all tokens of a window, so that a token
+            with large inputs keeps more. Must be the rule that will run; not for ``kl``.
+        grid: sparsities at which the curves are taken, ascending, the first 0; None for the default.
         resume: read and write partial results in the cache folder.
 
     Returns:
@@ -144,6 +189,9 @@ def measure(
     """
     if loss not in LOSSES:
         raise ActTailError(f"unknown loss {loss!r}: use {' or '.join(LOSSES)}")
+    if selection not in ("topk", "threshold") or (selection == "threshold" and loss == "kl"):
+        raise ActTailError(f"curves of {loss} cannot be taken under the selection {selection!r}")
+    grid = grid or (KL_GRID if loss == "kl" else GRID)
     points = np.asarray(grid, dtype=np.float64)
     if len(points) < 3 or points[0] != 0 or not (np.diff(points) > 0).all() or points[-1] > 0.99:
         raise ActTailError(
@@ -153,11 +201,16 @@ def measure(
     batches = calibration.batches()
     projections = find_projections(model)
     names = [p.name for p in projections]
-    sums = _Accumulator(names, {p.name: p.d_in for p in projections}, points)
+    sums = _Accumulator(
+        names, {p.name: p.d_in for p in projections}, points,
+        threshold=selection == "threshold",
+    )  # fmt: skip
     scale = dict.fromkeys(names, 0.0)
-    partial = _Partial(calibration.key("curves", loss, tuple(grid)), names) if resume else None
+    partial = (
+        _Partial(calibration.key("curves", loss, selection, tuple(grid)), names) if resume else None
+    )
     first = partial.read(sums.sums, scale) if partial else 0
-    step = _output_step if loss == "output" else _fisher_step
+    step = {"output": _output_step, "fisher": _fisher_step, "kl": _kl_step}[loss]
     device = next(model.parameters()).device
     for index in range(first, len(batches)):
         generator = torch.Generator(device).manual_seed(calibration.seed * 1_000_003 + index)
@@ -173,7 +226,7 @@ def measure(
         for n in names
     }
     about = {
-        "loss": loss, "text": calibration.text.name, "tokens": str(batches.numel()),
+        "loss": loss, "selection": selection, "text": calibration.text.name, "tokens": str(batches.numel()),
         "window": str(batches.shape[1]), "seed": str(calibration.seed),
         "dtype": str(model.dtype).removeprefix("torch."),
     }  # fmt: skip
@@ -212,6 +265,35 @@ def _output_step(
 
     with torch.no_grad(), probing(model, probe):
         model(input_ids=ids, use_cache=False)
+
+
+def _kl_step(
+    model: Any,
+    ids: torch.Tensor,
+    generator: torch.Generator,
+    sums: _Accumulator,
+    scale: dict[str, float],
+) -> None:
+    """KL(dense || one projection sparse), summed over positions; a pass starts at that block."""
+    projections = find_projections(model)
+    chosen: dict[str, int] = {}
+
+    def probe(name: str, x: torch.Tensor) -> torch.Tensor:
+        return topk_mask(x, chosen[name]) if name in chosen else x
+
+    tape = BlockTape(model)
+    with probing(model, probe):
+        with tape, torch.no_grad():
+            dense = model(input_ids=ids, use_cache=False).logits.flatten(0, -2).detach()
+        for p in projections:
+            with tape.starting_at(p.block), torch.no_grad():
+                for point, dropped in enumerate(sums.dropped(p.d_in).tolist()):
+                    if dropped:
+                        chosen.update({p.name: p.d_in - dropped})
+                        logits = model(input_ids=ids, use_cache=False).logits.flatten(0, -2)
+                        kl, _ = divergence(dense, logits)
+                        sums.sums[p.name][point] += float(kl.double().sum())
+            chosen.clear()
 
 
 class _Partial:

@@ -53,15 +53,30 @@ def _pass(
     select: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:  # fmt: skip
     """Quantiles of |x| at the wanted sparsities, while the model runs under `select`."""
+    samples = _samples(calibration, select)
+    return {
+        name: quantile(samples[name], s)
+        for name, s in sparsities.items()
+        if s > 0 and samples[name]
+    }
+
+
+def _samples(
+    calibration: Calibration,
+    select: Callable[[str, torch.Tensor], torch.Tensor],
+    *,
+    signed: bool = False,
+) -> dict[str, list[torch.Tensor]]:
+    """Evenly spaced input entries of every projection, magnitudes unless signed."""
     model = calibration.model
     batches = calibration.batches().to(next(model.parameters()).device)
     per_batch = max(1, _SAMPLES // len(batches))
     samples: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def probe(name: str, x: torch.Tensor) -> torch.Tensor:
-        magnitudes = x.detach().abs().float().flatten()
-        stride = max(1, magnitudes.numel() // per_batch)
-        samples[name].append(magnitudes[::stride].cpu())
+        values = x.detach().flatten()
+        values = values[:: max(1, values.numel() // per_batch)].float()
+        samples[name].append((values if signed else values.abs()).cpu())
         return select(name, x)
 
     with torch.inference_mode(), probing(model, probe):
@@ -69,11 +84,7 @@ def _pass(
             model(input_ids=ids[None], use_cache=False)
             if calibration.progress is not None:
                 calibration.progress(index + 1, len(batches))
-    found = {}
-    for name, s in sparsities.items():
-        if s > 0 and samples[name]:
-            found[name] = quantile(samples[name], s)
-    return found
+    return samples
 
 
 def quantile(samples: list[torch.Tensor], sparsity: float) -> float:
@@ -85,3 +96,49 @@ def quantile(samples: list[torch.Tensor], sparsity: float) -> float:
     """
     ordered = torch.cat(samples).sort().values
     return float(ordered[min(int(sparsity * len(ordered)), len(ordered) - 1)])
+
+
+# TEAL's histograms have about as many bins.
+_BINS = 10_000
+
+
+def histogram_threshold(samples: torch.Tensor, sparsity: float) -> float:
+    """TEAL's threshold icdf(1/2 + s/2) from a histogram of signed activations (arXiv 2408.14690, §4.1).
+
+    Exact for a distribution symmetric about zero; otherwise the realised sparsity is off.
+
+    Args:
+        samples: [n] float, activations with their sign.
+        sparsity: in [0, 1).
+
+    Returns:
+        A magnitude, >= 0.
+    """
+    counts, edges = torch.histogram(samples.float().cpu(), bins=_BINS)
+    cumulative = torch.cat([torch.zeros(1), counts.cumsum(0)]) / counts.sum()
+    wanted = 0.5 + sparsity / 2
+    upper = int(torch.searchsorted(cumulative, wanted).clamp(1, _BINS))
+    low, high = float(cumulative[upper - 1]), float(cumulative[upper])
+    share = (wanted - low) / (high - low) if high > low else 0.0
+    return max(0.0, float(edges[upper - 1] + share * (edges[upper] - edges[upper - 1])))
+
+
+def teal_thresholds(
+    calibration: Calibration, sparsities: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """TEAL's thresholds: from the dense model's activations, in one pass.
+
+    Args:
+        calibration: model and text.
+        sparsities: projection name -> wanted sparsity.
+
+    Returns:
+        As :func:`thresholds`.
+    """
+    samples = _samples(calibration, lambda name, x: x, signed=True)
+    return {
+        name: {"threshold": histogram_threshold(torch.cat(samples[name]), s)}
+        if s > 0 and samples[name]
+        else {}
+        for name, s in sparsities.items()
+    }

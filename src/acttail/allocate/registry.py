@@ -15,11 +15,11 @@ from acttail.analysis import Progress, as_weights
 from acttail.budget import check_target
 from acttail.errors import ActTailError
 from acttail.plan import SparsityPlan, build_plan
-from acttail.thresholds import thresholds
+from acttail.thresholds import teal_thresholds, thresholds
 
 DEFAULT = "acttail"
 # top-p has no budget of its own: it is measured by `critical`, not planned.
-RULES = ("topk", "wina", "threshold")
+RULES = ("topk", "wina", "threshold", "teal")
 ALLOCATORS: dict[str, Allocator] = {
     a.name: a
     for a in (
@@ -61,8 +61,8 @@ def make_plan(
         allocator: name of the rule; ``acttail`` by default.
         arguments: overrides of the rule's defaults.
         context: reuse the spectra and curves of an earlier call for the same model.
-        rule: which entries stay: ``topk``, ``wina`` or ``threshold`` (needs calibration); the
-            allocator's own by default.
+        rule: which entries stay: ``topk``, ``wina``, ``threshold`` or ``teal`` (thresholds by
+            TEAL's histograms; both need calibration); the allocator's own by default.
         calibration: a :class:`acttail.calibrate.Calibration`, for the calibrated rules.
         progress: called with (done, total) during long work.
 
@@ -93,6 +93,8 @@ def make_plan(
         raise ActTailError("cats has a rule of its own; leave --rule out")
     if allocation.rule == "cats":
         extras = gate_thresholds(calibration_of(context), sparsities)
+    elif rule == "teal":
+        extras, rule = teal_thresholds(calibration_of(context), sparsities), "threshold"
     elif (rule or allocation.rule) == "threshold":
         extras = thresholds(calibration_of(context), sparsities)
     return build_plan(

@@ -123,7 +123,7 @@ class _Request:
 
         allocation = get(self.allocator)
         allocation.arguments(self.arguments)
-        if (self.rule or allocation.rule) == "threshold":
+        if (self.rule or allocation.rule) in ("threshold", "teal"):
             return True
         # With the curves on disk another sparsity costs neither text nor a pass of the model.
         curves = self.arguments.get("curves")

@@ -19,6 +19,8 @@ _FORMATS = {".arrow": "arrow", ".jsonl": "json", ".json": "json", ".parquet": "p
 _SPLITS = ("validation", "test")
 # The original BoolQ carries a boolean `answer` where lm-eval's copy (SuperGLUE) has an integer `label`.
 _ADAPTED = {"boolq": ("answer", {"doc_to_target": "{{answer|int}}"})}
+# What a task's folder is called where it is not called like the task.
+_FOLDERS = {"social_iqa": "social_i_qa", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def find_data(folder: Path, task: str) -> tuple[str, str, list[str]]:
     Raises:
         ActTailError: nothing is there; says what is.
     """
-    for place in sorted(p for p in folder.rglob(task) if p.is_dir()):
+    names = {task, _FOLDERS.get(task, task)}
+    for place in sorted(p for n in names for p in folder.rglob(n) if p.is_dir()):
         for split in _SPLITS:
             for suffix, form in _FORMATS.items():
                 files = sorted(
