@@ -5,17 +5,12 @@
 #include <new>
 
 #include "acttail.h"
-#include "topk.hpp"
+#include "kernels.hpp"
 
 namespace {
 
-struct Isa {
-  const char* name;
-  const acttail::TopkKernels* topk;
-};
-
 // Best first. A forced name skips the better ones, never the check that the CPU has it.
-Isa choose() {
+const acttail::Kernels& choose() {
   const char* forced = std::getenv("ACTTAIL_ISA");
   bool open = forced == nullptr || *forced == '\0' ||
               (std::strcmp(forced, "avx512") != 0 && std::strcmp(forced, "avx2") != 0 &&
@@ -24,22 +19,18 @@ Isa choose() {
   open = open || std::strcmp(forced, "avx512") == 0;
   if (open && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return {"avx512", &acttail::topk_avx512()};
+    return acttail::kernels_avx512();
   }
 #endif
 #if defined(ACTTAIL_AVX2)
   open = open || std::strcmp(forced, "avx2") == 0;
-  if (open && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {"avx2", &acttail::topk_avx2()};
+  if (open && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return acttail::kernels_avx2();
   }
 #endif
   (void)open;
-  return {"portable", &acttail::topk_portable()};
-}
-
-const Isa& isa() {
-  static const Isa chosen = choose();
-  return chosen;
+  return acttail::kernels_portable();
 }
 
 // Below this many entries a parallel region costs more than it saves (about 5 µs on two cores).
@@ -72,17 +63,26 @@ int run_rows(const Value* x, Value* y, int64_t rows, int64_t columns, int64_t k,
 
 }  // namespace
 
+namespace acttail {
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace acttail
+
 extern "C" {
 
 int acttail_abi(void) { return ACTTAIL_ABI; }
 
-const char* acttail_isa(void) { return isa().name; }
+const char* acttail_isa(void) { return acttail::kernels().name; }
 
 int acttail_topk_mask_f32(const float* x, float* y, int64_t rows, int64_t columns, int64_t k,
                           int threads) {
   return run_rows<int32_t>(x, y, rows, columns, k, threads,
                            [&](const float* xs, float* ys, int64_t n, int32_t* scratch) {
-                             isa().topk->mask_f32(xs, ys, n, columns, k, scratch);
+                             acttail::kernels().mask_f32(xs, ys, n, columns, k, scratch);
                            });
 }
 
@@ -90,7 +90,7 @@ int acttail_topk_mask_16(const uint16_t* x, uint16_t* y, int64_t rows, int64_t c
                          uint16_t infinity, int threads) {
   return run_rows<int16_t>(x, y, rows, columns, k, threads,
                            [&](const uint16_t* xs, uint16_t* ys, int64_t n, int16_t* scratch) {
-                             isa().topk->mask_16(xs, ys, n, columns, k, infinity, scratch);
+                             acttail::kernels().mask_16(xs, ys, n, columns, k, infinity, scratch);
                            });
 }
 

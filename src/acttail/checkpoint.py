@@ -8,6 +8,7 @@ import functools
 import json
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,14 @@ class WeightSource(Protocol):
         """The weight, [d_out, d_in], in its stored (or dequantised) dtype."""
         ...
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """Any other parameter by its name in the model's state dict, in its stored dtype.
+
+        Raises:
+            ModelError: there is none.
+        """
+        ...
+
 
 class LoadedWeights:
     """Weights of a model in memory."""
@@ -44,6 +53,17 @@ class LoadedWeights:
     def weight(self, projection: Projection) -> torch.Tensor:
         """The weight as a view of the parameter, [d_out, d_in]."""
         return weight_of(self.model, projection)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter by name.
+
+        Raises:
+            ModelError: there is none.
+        """
+        try:
+            return self.model.get_parameter(name).detach()
+        except AttributeError as error:
+            raise ModelError(f"{self.name} has no parameter {name}") from error
 
 
 def meta_model(config: Any) -> nn.Module:
@@ -86,6 +106,17 @@ class SafetensorsWeights:
                 "the config and the weights do not belong together"
             )
         return weight.T if projection.transposed else weight
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter by its name in the model.
+
+        Raises:
+            ModelError: the checkpoint has none.
+        """
+        parts = self._parts.get(name)
+        if not parts or list(parts) != [""]:
+            raise ModelError(f"the checkpoint of {self.name} has no tensor for {name}")
+        return self._read(parts[""][0], None)
 
     def _read(self, key: str, index: int | None) -> torch.Tensor:
         from safetensors import safe_open
@@ -205,6 +236,46 @@ def _open_gguf(path: Path, modified: int) -> Any:
     return reader
 
 
+# Bytes of a block of 32 weights.
+_BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """A matrix in GGUF's own levels: w = scale * level (+ minimum), 32 inputs to a scale.
+
+    Attributes:
+        bits: 8 or 4.
+        levels: [d_out, d_in]; int8, or uint8 from 0 to 15 (then 8 stands for zero if there is no
+            minimum).
+        scale: [d_out, d_in / 32] float16.
+        minimum: the same shape, or None.
+    """
+
+    bits: int
+    levels: torch.Tensor
+    scale: torch.Tensor
+    minimum: torch.Tensor | None
+
+    @classmethod
+    def read(cls, kind: str, raw: torch.Tensor) -> "StoredBlocks":
+        """Take blocks apart.
+
+        Args:
+            kind: ``Q8_0``, ``Q4_0`` or ``Q4_1``.
+            raw: [d_out, blocks, bytes of a block] uint8.
+        """
+        scale = raw[..., :2].contiguous().view(torch.float16)[..., 0]
+        if kind == "Q8_0":
+            levels = raw[..., 2:].contiguous().view(torch.int8)
+            return cls(8, levels.flatten(1), scale, None)
+        start = 4 if kind == "Q4_1" else 2
+        packed = raw[..., start:]
+        levels = torch.cat([packed & 15, packed >> 4], dim=-1)
+        minimum = raw[..., 2:4].contiguous().view(torch.float16)[..., 0] if kind == "Q4_1" else None
+        return cls(4, levels.flatten(1), scale, minimum)
+
+
 class GgufWeights:
     """Weights straight from a GGUF file, dequantised one matrix (or expert) at a time."""
 
@@ -253,6 +324,44 @@ class GgufWeights:
             parts.append(self._processor.process(weights=values, name=name).weights)
         weight = torch.from_numpy(np.array(np.concatenate(parts, axis=0), dtype=np.float32))
         return weight.T if projection.transposed else weight
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter by its name in the model, float32, dequantised.
+
+        Raises:
+            ModelError: the file has none.
+        """
+        from gguf import dequantize
+
+        if not self._sources.get(name):
+            raise ModelError(f"the GGUF of {self.name} has no tensor for {name}")
+        source = self._sources[name][0]
+        tensor = self._tensors[source]
+        values = dequantize(tensor.data, tensor.tensor_type)
+        processed = self._processor.process(weights=values, name=source).weights
+        return torch.from_numpy(np.array(processed, dtype=np.float32))
+
+    def stored(self, projection: Projection) -> StoredBlocks | None:
+        """The file's own quantised blocks of a matrix, None if they are of another kind.
+
+        Q8_0, Q4_0 and Q4_1 only: 32 inputs share a scale, as in the engine's groups of 32.
+        """
+        names = self._sources.get(projection.parameter_name, [])
+        if len(names) != 1 or projection.expert is not None or projection.transposed:
+            return None
+        tensor = self._tensors[names[0]]
+        kind = tensor.tensor_type.name
+        if kind not in _BLOCK_BYTES:
+            return None
+        raw = torch.from_numpy(np.array(tensor.data)).reshape(
+            projection.d_out, -1, _BLOCK_BYTES[kind]
+        )
+        # Some architectures store q and k with their outputs in another order: find it on row numbers.
+        numbers = np.repeat(
+            np.arange(projection.d_out, dtype=np.float32)[:, None], projection.d_in, 1
+        )
+        order = self._processor.process(weights=numbers, name=names[0]).weights[:, 0]
+        return StoredBlocks.read(kind, raw[torch.from_numpy(np.array(order)).long()])
 
 
 def open_weights(source: ModelSource) -> WeightSource:

@@ -97,7 +97,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' bars and advice while loading: stdout and stderr belong to the caller."""
     from transformers.utils import logging
 
@@ -166,7 +166,7 @@ def hub_arguments(source: ModelSource) -> dict[str, Any]:
     return {"revision": source.revision, "local_files_only": True}
 
 
-def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
+def location(source: ModelSource) -> tuple[str, dict[str, Any]]:
     """Arguments that transformers' from_pretrained takes for this source."""
     if source.kind == "gguf":
         assert source.path is not None  # noqa: S101 - a gguf source always has one
@@ -184,10 +184,10 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    where, arguments = _location(source)
+    where, arguments = location(source)
     _check_gguf(source)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(
                 where, trust_remote_code=trust_remote_code, **arguments
             )
@@ -268,7 +268,7 @@ def _from_pretrained(
     import acttail.transformers  # noqa: F401 - registers the quantizer that sparse checkpoints name
 
     config = load_config(at, trust_remote_code=trust_remote_code)
-    where, arguments = _location(at)
+    where, arguments = location(at)
     extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if at.kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
@@ -276,7 +276,7 @@ def _from_pretrained(
     else:
         extra["config"] = config
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **arguments, **extra)
             tokenizer = AutoTokenizer.from_pretrained(
                 where, trust_remote_code=trust_remote_code, **arguments
@@ -318,7 +318,7 @@ def _converted(source: ModelSource) -> ModelSource:
         except OSError:
             return source  # a read-only home is no reason to fail
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 loaded.save_pretrained(temporary)
                 tokenizer.save_pretrained(temporary)
             temporary.rename(folder)

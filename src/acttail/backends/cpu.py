@@ -16,7 +16,7 @@ import torch  # first, so that the library shares torch's OpenMP runtime
 
 from acttail import _native
 
-_ABI = 2
+_ABI = 3
 _INFINITY_16 = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
@@ -76,6 +76,15 @@ def supports(x: torch.Tensor) -> bool:
         and (x.dtype == torch.float32 or x.dtype in _INFINITY_16)
         and _load()[0] is not None
     )
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: it is not available; says why.
+    """
+    return _library()
 
 
 def _library() -> ctypes.CDLL:

@@ -1,0 +1,51 @@
+// A decoder that runs one token in one call.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cache.hpp"
+#include "engine.h"
+#include "kernels.hpp"
+#include "pool.hpp"
+#include "select.hpp"
+
+namespace acttail {
+
+// What one thread works with. Every thread holds the whole residual stream and computes norms,
+// activations and selections for itself: that is cheaper than meeting at one more barrier.
+struct Worker {
+  explicit Worker(const acttail_model& m);
+  Selection selection;
+  std::vector<float> stream, normed, inner, head, scores, out;
+  std::vector<uint8_t> key, value;
+  double read = 0;
+};
+
+}  // namespace acttail
+
+struct acttail_engine {
+  acttail_engine(const acttail_model& m, int threads);
+
+  // One token: everything of thread `t`. Partial products of the threads meet in `partial`.
+  void token(int t, acttail_cache& cache, int64_t token, int64_t position, float* logits);
+
+  acttail_model model;
+  std::vector<acttail_block> blocks;
+  std::vector<acttail_rope> ropes;
+  const acttail::Kernels& kernels;
+  acttail::Pool pool;
+  std::vector<std::unique_ptr<acttail::Worker>> workers;
+  int64_t widest;              // columns of the widest fused matrix
+  std::vector<float> partial[4];  // per stage (qkv, o, gate_up, down): [threads][widest]
+  std::vector<float> attended;    // [heads * head_dim]
+  std::vector<std::vector<float>> cosines, sines;  // per rope table, of the current position
+
+ private:
+  void project(int t, acttail::Worker& w, const acttail_fused& fused, const float* x, int stage);
+  void collect(const acttail_fused& fused, int stage, int64_t begin, int64_t n, float* out) const;
+  void norm(const acttail_norm& n, const float* x, int64_t width, float* y) const;
+  void attention(int t, acttail::Worker& w, const acttail_block& b, int64_t index, acttail_cache& cache,
+                 int64_t position);
+  void add_to_stream(acttail::Worker& w, const acttail_fused& fused, int stage, const acttail_norm& n);
+};

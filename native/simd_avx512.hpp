@@ -1,0 +1,75 @@
+// Sixteen float lanes, for AVX-512 F/BW/VL/DQ. The same names exist for every instruction set, so that
+// each kernel is written once.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace simd {
+
+constexpr int W = 16;
+using F = __m512;
+
+inline F zero() { return _mm512_setzero_ps(); }
+inline F set1(float v) { return _mm512_set1_ps(v); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+// p * 2^n for integral n.
+inline F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }
+inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+inline float maximum(F v) { return _mm512_reduce_max_ps(v); }
+
+inline F load_bf16(const uint16_t* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void store_bf16(uint16_t* p, F v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  r = _mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7FC0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+}
+
+inline F load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline F load_i8(const int8_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
+}
+
+// Sixteen 16-bit words; lane l holds the nibbles of outputs l, 16 + l, 32 + l, 48 + l of a block of 64.
+struct Words {
+  __m512i v;
+};
+inline Words load_words(const uint16_t* p) {
+  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// One shuffle turns four bits into a float: the permutation looks at the low four bits only.
+struct Levels {
+  __m512 v;
+};
+inline Levels levels(const float* sixteen) { return {_mm512_loadu_ps(sixteen)}; }
+template <int P>
+inline F nibble(Words w, Levels t) {
+  return _mm512_permutexvar_ps(P == 0 ? w.v : _mm512_srli_epi32(w.v, 4 * P), t.v);
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+}  // namespace simd

@@ -1,0 +1,126 @@
+"""From logits to the next token: greedy, or sampled as transformers' warpers would."""
+
+from dataclasses import dataclass
+
+import torch
+
+from acttail.errors import ActTailError
+
+# Candidates looked at before the whole vocabulary is sorted: they hold the nucleus nearly always.
+_CANDIDATES = 1024
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 for all.
+        top_p: keep the smallest set of likeliest tokens with this much probability.
+        min_p: drop tokens less likely than this share of the likeliest one.
+        repetition_penalty: divides positive and multiplies negative logits of tokens already there
+            (Keskar et al. 2019, arXiv 1909.05858); 1 for none.
+        seed: of the draws; None draws differently each time.
+        ignore_eos: go on after an end-of-sequence token (benchmarks).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": 0 <= self.temperature <= 100,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": 0 < self.repetition_penalty <= 100,
+        }
+        for name, valid in limits.items():
+            if not valid:
+                raise ActTailError(f"{name} is out of range: {getattr(self, name)}")
+
+
+class Sampler:
+    """Draws tokens of one sequence.
+
+    Args:
+        sampling: how.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._generator = torch.Generator()
+        if sampling.seed is not None:
+            self._generator.manual_seed(sampling.seed)
+        else:
+            self._generator.seed()
+        self._seen: torch.Tensor | None = None
+
+    def see(self, tokens: torch.Tensor, vocabulary: int) -> None:
+        """Note tokens that are in the sequence, for the repetition penalty.
+
+        Args:
+            tokens: [n] int64.
+            vocabulary: size of the logits.
+        """
+        if self.sampling.repetition_penalty == 1.0:
+            return
+        if self._seen is None:
+            self._seen = torch.zeros(vocabulary, dtype=torch.bool)
+        self._seen[tokens] = True
+
+    def draw(self, logits: torch.Tensor) -> int:
+        """The next token.
+
+        Args:
+            logits: [vocabulary] float32; not changed.
+
+        Raises:
+            ActTailError: the logits are not finite: the model's weights or activations are broken.
+        """
+        s = self.sampling
+        if self._seen is not None:
+            penalised = torch.where(
+                logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty
+            )
+            logits = torch.where(self._seen[: logits.numel()], penalised, logits)
+        best = int(logits.argmax())
+        if not bool(torch.isfinite(logits[best])):
+            raise ActTailError("the model gave logits that are not finite; check its weights")
+        if s.temperature == 0:
+            return best
+        values, index = self._candidates(logits / s.temperature)
+        drawn = torch.multinomial(values, 1, generator=self._generator)
+        return int(index[drawn])
+
+    def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities (not normalised) and ids of what may be drawn, likeliest first."""
+        s = self.sampling
+        total = torch.logsumexp(logits, 0)
+        count = min(
+            s.top_k or (_CANDIDATES if s.top_p < 1 or s.min_p > 0 else logits.numel()),
+            logits.numel(),
+        )
+        ordered, index = (
+            torch.topk(logits, count) if count < logits.numel() else logits.sort(descending=True)
+        )
+        if s.top_k:
+            total = torch.logsumexp(ordered, 0)
+        p = (ordered - total).exp()
+        if s.top_p < 1:
+            if (
+                not s.top_k and float(p.sum()) < s.top_p
+            ):  # the nucleus is larger than the candidates
+                ordered, index = logits.sort(descending=True)
+                p = (ordered - total).exp()
+            p = p[: int((p.cumsum(0) - p < s.top_p).sum())]
+        if s.min_p > 0:
+            # Ids below the candidates are rarer still, so cutting here is exact unless all pass.
+            p = p[: max(1, int((p >= s.min_p * p[0]).sum()))]
+        return p, index[: len(p)]

@@ -1,0 +1,187 @@
+"""One sequence under generation: what has been fed, and the logits of what comes next."""
+
+from typing import Any, Protocol
+
+import torch
+
+from acttail.engine.native import NativeDecoder
+from acttail.engine.prefill import Prefill
+from acttail.errors import ActTailError
+from acttail.prefill import PrefillPolicy
+
+# Shorter continuations are decoded token by token: below this a pass of matrix products costs more.
+_PREFILL_TOKENS = 8
+# Prompts go through in pieces, which bounds the attention's scores and the activations.
+_PIECE = 512
+
+
+class Sequence(Protocol):
+    """A sequence of any engine."""
+
+    length: int
+
+    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append tokens; returns the logits [vocabulary] float32 after the last one."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        ...
+
+
+class NativeSequence:
+    """A sequence in the native engine, with a KV cache of its own.
+
+    Args:
+        decoder: weights and plan.
+        prefill: runs prompts.
+        policy: which tokens of a prompt are sparse.
+        capacity: positions of the KV cache.
+
+    Raises:
+        ActTailError: not enough memory for the cache.
+    """
+
+    def __init__(
+        self, decoder: NativeDecoder, prefill: Prefill, policy: PrefillPolicy, capacity: int
+    ) -> None:
+        self._decoder, self._prefill, self._policy = decoder, prefill, policy
+        self.capacity = capacity
+        self._lib = decoder._lib
+        self._cache: Any = self._lib.acttail_cache_new(decoder.handle, capacity)
+        if not self._cache:
+            raise ActTailError(f"not enough memory for a KV cache of {capacity} tokens")
+        self._logits = torch.empty(decoder.packed.layout.spec.vocabulary)
+        self.weights_read = 0
+
+    def __del__(self) -> None:
+        if getattr(self, "_cache", None):
+            self._lib.acttail_cache_free(self._cache)
+            self._cache = None
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return int(self._lib.acttail_cache_length(self._cache))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the KV cache."""
+        return int(self._lib.acttail_cache_bytes(self._cache))
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on.
+
+        Raises:
+            ActTailError: it is longer than the sequence.
+        """
+        if self._lib.acttail_cache_truncate(self._cache, length):
+            raise ActTailError(f"the sequence has {self.length} tokens, not {length}")
+
+    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append tokens.
+
+        Args:
+            tokens: [n] int64, n >= 1. Several at once are a prompt under the prefill policy, a single
+                one is decoded.
+
+        Returns:
+            [vocabulary] float32 logits after the last one; overwritten by the next call.
+
+        Raises:
+            ActTailError: the KV cache is full or an id is out of range.
+        """
+        tokens = self._checked(tokens)
+        if len(tokens) < _PREFILL_TOKENS and self._all_sparse(len(tokens)):
+            self.weights_read = self._decoder.forward(self._cache, tokens, self._logits)
+            return self._logits
+        hidden = self._prompt(tokens)[-1:]
+        return self._head(hidden)[0]
+
+    def all_logits(self, tokens: torch.Tensor, *, decode: bool = False) -> torch.Tensor:
+        """As :meth:`feed`, but the logits of every token: [n, vocabulary] float32.
+
+        Args:
+            tokens: [n] int64.
+            decode: token by token through the decoder's kernels even for a prompt.
+        """
+        tokens = self._checked(tokens)
+        if decode:
+            out = torch.empty(len(tokens), self._logits.numel())
+            self.weights_read = self._decoder.forward(self._cache, tokens, out, every=True)
+            return out
+        return self._head(self._prompt(tokens))
+
+    def _checked(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens.to(torch.int64).reshape(-1).contiguous()
+        if self.length + len(tokens) > self.capacity:
+            raise ActTailError(
+                f"{self.length} + {len(tokens)} tokens are more than the sequence's {self.capacity}"
+            )
+        vocabulary = self._logits.numel()
+        if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+            raise ActTailError(f"token ids must be from 0 to {vocabulary - 1}, and at least one")
+        return tokens
+
+    def _all_sparse(self, n: int) -> bool:
+        """Whether the next n tokens run as the decoder does, which is sparse wherever the plan is."""
+        if self._decoder.plan is None:
+            return True
+        return bool(torch.as_tensor(self._policy.sparse_rows(1, n, self.length, None)).all())
+
+    def _prompt(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] of the last norm."""
+        start, total = self.length, len(tokens)
+        sparse = self._policy.sparse_rows(1, total, start, None)
+        pieces = []
+        with torch.inference_mode():
+            for at in range(0, total, _PIECE):
+                piece = tokens[at : at + _PIECE]
+                rows = sparse if isinstance(sparse, bool) else sparse[0, at : at + _PIECE]
+                pieces.append(self._prefill(piece, rows, self._cache, start + at))
+                self._lib.acttail_cache_set_length(self._cache, start + at + len(piece))
+        return torch.cat(pieces)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, vocabulary] float32 logits."""
+        return self._prefill.logits(hidden)
+
+
+class TransformersSequence:
+    """A sequence of a transformers model, dense or sparse in place.
+
+    Args:
+        model: causal LM.
+        capacity: longest sequence.
+    """
+
+    def __init__(self, model: Any, capacity: int) -> None:
+        from transformers import DynamicCache
+
+        self._model, self.capacity = model, capacity
+        self._cache = DynamicCache(config=model.config)
+        self.weights_read = 0
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return int(self._cache.get_seq_length())
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        self._cache.crop(length)
+
+    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As :meth:`NativeSequence.feed`."""
+        if self.length + tokens.numel() > self.capacity:
+            raise ActTailError(
+                f"{self.length} + {tokens.numel()} tokens are more than the sequence's {self.capacity}"
+            )
+        device = next(self._model.parameters()).device
+        with torch.inference_mode():
+            out = self._model(
+                input_ids=tokens.reshape(1, -1).to(device), past_key_values=self._cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+        logits: torch.Tensor = out.logits[0, -1].float().cpu()
+        return logits
