@@ -120,8 +120,12 @@ def pack(weight: torch.Tensor, shape: Shape) -> dict[str, torch.Tensor]:
     pieces = []
     for start in range(0, weight.shape[0], step):
         part = weight[start : start + step]
-        size = {"rows": len(part)} if shape.output_major else {"columns": padded(len(part))}
-        pieces.append(_pack(part, replace(shape, **size)))
+        own = (
+            replace(shape, rows=len(part))
+            if shape.output_major
+            else replace(shape, columns=padded(len(part)))
+        )
+        pieces.append(_pack(part, own))
     axis = 0 if shape.output_major else 1
     return {name: torch.cat([p[name] for p in pieces], axis) for name in pieces[0]}
 

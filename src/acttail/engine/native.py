@@ -203,7 +203,8 @@ class NativeDecoder:
         """[d_in] norms of the weight's columns, as WINA scores with."""
         name = next(n for n, found in self.packed.layout.segments.items() if s in found)
         shape = self.packed.layout.shapes[name]
-        return self.rows(name, 0, shape.rows, s.begin, s.begin + s.d_out, torch.float32).norm(dim=1)
+        columns = self.rows(name, 0, shape.rows, s.begin, s.begin + s.d_out, torch.float32)
+        return torch.linalg.vector_norm(columns, dim=1)
 
     def rows(
         self, name: str, first: int, last: int, begin: int, end: int, dtype: torch.dtype,

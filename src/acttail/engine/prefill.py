@@ -223,7 +223,7 @@ class Prefill:
         self, block: BlockSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int,
         masks: dict[int, torch.Tensor],
     ) -> torch.Tensor:  # fmt: skip
-        n, total = len(q), len(k)
+        total = len(k)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, n, head_dim]
         spec = self.spec
         window = block.window if 0 < block.window < total else 0

@@ -104,13 +104,13 @@ class DecoderSpec:
         return cls(**data)
 
 
-def describe(model: nn.Module) -> DecoderSpec:
+def describe(model: Any) -> DecoderSpec:
     """Describe a transformers decoder, loaded or on the meta device.
 
     Raises:
         UnsupportedModelError: a family or a variant of one that the engine does not run; says which.
     """
-    outer: Any = model.config
+    outer = model.config
     config = outer.get_text_config()
     family = config.model_type
     if family not in FAMILIES:
@@ -165,7 +165,7 @@ def _check_variant(config: Any) -> None:
 def _context(config: Any) -> int:
     """Longest sequence for which the rope tables stay as they are."""
     longest = int(config.max_position_embeddings)
-    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if parameters.get("rope_type") == "longrope":
         original = parameters.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", longest
@@ -190,7 +190,8 @@ def _ropes(
     if hasattr(rotary, "inv_freq"):
         table = (rotary.inv_freq.float().tolist(), float(rotary.attention_scaling))
         return (table,), {None: 0}
-    tables, index = [], {}
+    tables: list[tuple[list[float], float]] = []
+    index: dict[str | None, int] = {}
     for layer_type in sorted(set(config.layer_types)):
         frequencies = getattr(rotary, f"{layer_type}_inv_freq", None)
         if frequencies is None:
@@ -198,7 +199,7 @@ def _ropes(
         index[layer_type] = len(tables)
         scale = float(getattr(rotary, f"{layer_type}_attention_scaling"))
         tables.append((frequencies.float().tolist(), scale))
-    return tuple(tables), index  # type: ignore[return-value]
+    return tuple(tables), index
 
 
 def _window(config: Any, attention: Any, index: int) -> int:
@@ -206,7 +207,7 @@ def _window(config: Any, attention: Any, index: int) -> int:
     window = getattr(config, "sliding_window", None)
     if not window:
         return 0
-    layer_types = getattr(config, "layer_types", None)
+    layer_types: Any = getattr(config, "layer_types", None)
     if layer_types is not None:
         return int(window) if layer_types[index] == "sliding_attention" else 0
     # Mistral and Phi-3 mask every block; the Qwen family says per block.
@@ -236,7 +237,7 @@ def _block(
             norms[role] = f"{path}.self_attn.{role}.weight"
     if not hasattr(block, "input_layernorm"):
         raise UnsupportedModelError(f"block {index} has no input norm the engine knows")
-    layer_types = getattr(config, "layer_types", None)
+    layer_types: Any = getattr(config, "layer_types", None)
     rope = index_of[None] if None in index_of else index_of[layer_types[index]]
     return BlockSpec(
         {kind: p.name for kind, p in projections.items()},
