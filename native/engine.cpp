@@ -301,7 +301,7 @@ int acttail_decode_rows(const acttail_matrix* m, int64_t first, int64_t last, in
 
 int acttail_add_rows(const acttail_matrix* m, const int32_t* index, const float* x, int64_t count,
                      int64_t begin, int64_t end, float* y, int64_t batch, int64_t stride) {
-  if (m == nullptr || x == nullptr || y == nullptr || count < 0 || count > m->d_in || begin < 0 ||
+  if (m == nullptr || (x == nullptr && count > 0) || y == nullptr || count < 0 || count > m->d_in || begin < 0 ||
       end > m->columns || begin % acttail::kBlock || end % acttail::kBlock || batch < 1 ||
       batch > 8) {
     return ACTTAIL_BAD_ARGUMENT;

@@ -23,7 +23,7 @@ GROUPS = {"fp32": 0, "bf16": 0, "int8": 0, "int4": 32}
 
 
 def padded(n: int) -> int:
-    """n rounded up to whole blocks."""
+    """The number rounded up to whole blocks."""
     return -(-n // BLOCK) * BLOCK
 
 

@@ -204,7 +204,8 @@ class NativeDecoder:
         name = next(n for n, found in self.packed.layout.segments.items() if s in found)
         shape = self.packed.layout.shapes[name]
         columns = self.rows(name, 0, shape.rows, s.begin, s.begin + s.d_out, torch.float32)
-        return torch.linalg.vector_norm(columns, dim=1)
+        norms: torch.Tensor = torch.linalg.vector_norm(columns, dim=1)
+        return norms
 
     def rows(
         self, name: str, first: int, last: int, begin: int, end: int, dtype: torch.dtype,

@@ -167,7 +167,7 @@ def _context(config: Any) -> int:
     longest = int(config.max_position_embeddings)
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if parameters.get("rope_type") == "longrope":
-        original = parameters.get("original_max_position_embeddings") or getattr(
+        original: Any = parameters.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", longest
         )
         return min(longest, int(original))

@@ -201,7 +201,7 @@ def write_folder(
         for (name, tensor), expected in zip(produce(), sizes, strict=True):
             if name != expected or (tensor.dtype, tuple(tensor.shape)) != sizes[name]:
                 raise ActTailError(f"the conversion produced {name} where {expected} was due")
-            file.write(_view(tensor.contiguous().view(torch.uint8)))
+            file.write(_view(tensor.contiguous().reshape(-1).view(torch.uint8)))
     write_json(description, layout.to_dict() | {"plan": plan.to_dict() if plan else None})
 
 
