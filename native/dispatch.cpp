@@ -13,8 +13,16 @@ namespace {
 const acttail::Kernels& choose() {
   const char* forced = std::getenv("ACTTAIL_ISA");
   bool open = forced == nullptr || *forced == '\0' ||
-              (std::strcmp(forced, "avx512") != 0 && std::strcmp(forced, "avx2") != 0 &&
+              (std::strcmp(forced, "avx512vnni") != 0 && std::strcmp(forced, "avx512") != 0 && std::strcmp(forced, "avx2") != 0 &&
                std::strcmp(forced, "portable") != 0);
+#if defined(ACTTAIL_AVX512VNNI)
+  open = open || std::strcmp(forced, "avx512vnni") == 0;
+  if (open && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
+    return acttail::kernels_avx512vnni();
+  }
+#endif
 #if defined(ACTTAIL_AVX512)
   open = open || std::strcmp(forced, "avx512") == 0;
   if (open && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -86,5 +86,6 @@ const Kernels& kernels();
 const Kernels& kernels_portable();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512vnni();
 
 }  // namespace acttail

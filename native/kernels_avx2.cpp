@@ -13,6 +13,7 @@ using namespace acttail;
 #include "topk_rows.inc"
 #include "vector_ops.inc"
 #include "formats.inc"
+#include "ahead.inc"
 #include "gemv.inc"
 #include "attention.inc"
 }  // namespace

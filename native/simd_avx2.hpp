@@ -72,12 +72,12 @@ inline F load_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
 }
 
-// Eight of the sixteen words of a block of 64 outputs; see simd_avx512.hpp.
-struct Words {
+// Eight bytes, one per lane, each with two levels.
+struct Bytes {
   __m256i v;
 };
-inline Words load_words(const uint16_t* p) {
-  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+inline Bytes load_bytes(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
 // The permutation has eight entries, so the levels come in two halves that bit 3 chooses between.
 struct Levels {
@@ -86,13 +86,13 @@ struct Levels {
 inline Levels levels(const float* sixteen) {
   return {_mm256_loadu_ps(sixteen), _mm256_loadu_ps(sixteen + 8)};
 }
-template <int P>
-inline F nibble(Words w, Levels t) {
-  const __m256i index = P == 0 ? w.v : _mm256_srli_epi32(w.v, 4 * P);
+inline F level(__m256i index, Levels t) {
   const F low = _mm256_permutevar8x32_ps(t.low, index);
   const F high = _mm256_permutevar8x32_ps(t.high, index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
+inline F low_nibble(Bytes b, Levels t) { return level(b.v, t); }
+inline F high_nibble(Bytes b, Levels t) { return level(_mm256_srli_epi32(b.v, 4), t); }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

@@ -53,21 +53,21 @@ inline F load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
 }
 
-// Sixteen 16-bit words; lane l holds the nibbles of outputs l, 16 + l, 32 + l, 48 + l of a block of 64.
-struct Words {
+// Sixteen bytes, one per lane, each with two levels.
+struct Bytes {
   __m512i v;
 };
-inline Words load_words(const uint16_t* p) {
-  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+inline Bytes load_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 // One shuffle turns four bits into a float: the permutation looks at the low four bits only.
 struct Levels {
   __m512 v;
 };
 inline Levels levels(const float* sixteen) { return {_mm512_loadu_ps(sixteen)}; }
-template <int P>
-inline F nibble(Words w, Levels t) {
-  return _mm512_permutexvar_ps(P == 0 ? w.v : _mm512_srli_epi32(w.v, 4 * P), t.v);
+inline F low_nibble(Bytes b, Levels t) { return _mm512_permutexvar_ps(b.v, t.v); }
+inline F high_nibble(Bytes b, Levels t) {
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(b.v, 4), t.v);
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

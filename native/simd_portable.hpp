@@ -98,22 +98,24 @@ inline F load_i8(const int8_t* p) {
   return each([=](int i) { return static_cast<float>(p[i]); });
 }
 
-// Eight of the sixteen words of a block of 64 outputs; see simd_avx512.hpp.
-struct Words {
-  uint16_t v[W];
+// Eight bytes, each with two levels.
+struct Bytes {
+  uint8_t v[W];
 };
-inline Words load_words(const uint16_t* p) {
-  Words w;
-  std::memcpy(w.v, p, sizeof w.v);
-  return w;
+inline Bytes load_bytes(const uint8_t* p) {
+  Bytes b;
+  std::memcpy(b.v, p, sizeof b.v);
+  return b;
 }
 struct Levels {
   const float* v;
 };
 inline Levels levels(const float* sixteen) { return {sixteen}; }
-template <int P>
-inline F nibble(const Words& w, Levels t) {
-  return each([&](int i) { return t.v[(w.v[i] >> (4 * P)) & 15]; });
+inline F low_nibble(const Bytes& b, Levels t) {
+  return each([&](int i) { return t.v[b.v[i] & 15]; });
+}
+inline F high_nibble(const Bytes& b, Levels t) {
+  return each([&](int i) { return t.v[b.v[i] >> 4]; });
 }
 
 inline void prefetch(const void*) {}

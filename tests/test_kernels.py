@@ -61,8 +61,15 @@ def test_sparse_rows(dtype, group, shape):
         y = torch.randn(form.columns)
         expected = y.double() + w[:, index.long()] @ x.double()
         assert add_rows(tensors, form, index, x, 0, form.columns, y) == 0
-        bound = 4e-6 * (w[:, index.long()].abs() @ x.double().abs() + 1) + 1e-6
-        assert bool(((y.double() - expected).abs() <= bound * (3 if form.asymmetric else 1)).all())
+        used = w[:, index.long()].abs()
+        bound = 4e-6 * (used @ x.double().abs() + 1) * (3 if form.asymmetric else 1) + 1e-6
+        if dtype in ("int8", "int4") and count:
+            # VNNI takes x in units of 1/16383 of its largest entry; levels may be offset by a minimum.
+            reach = used.sum(1) + (
+                15 * tensors["scale"].float().max() * count if dtype == "int4" else 0
+            )
+            bound = bound + x.abs().max() / 30000 * reach
+        assert bool(((y.double() - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize(("dtype", "group"), CASES)
@@ -71,7 +78,7 @@ def test_dense_rows_and_a_prefix_of_columns(dtype, group):
     x, y = torch.randn(67), torch.zeros(form.columns)
     assert add_rows(tensors, form, None, x, 64, 192, y) == 0
     expected = w @ x.double()
-    torch.testing.assert_close(y[64:192].double(), expected[64:192], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(y[64:192].double(), expected[64:192], atol=2e-3, rtol=1e-5)
     assert not y[:64].any()
     assert not y[192:].any()
 
@@ -121,6 +128,10 @@ def test_output_major_products(dtype, group, shape):
     assert library().acttail_dot_rows(ctypes.byref(struct), x.data_ptr(), y.data_ptr()) == 0
     expected = w @ x.double()
     bound = 1e-5 * (w.abs() @ x.double().abs()) + 1e-5
+    if dtype == "int8":  # VNNI takes x in 16 bits
+        bound = bound + x.abs().max() / 60000 * w.abs().sum(1)
+    if dtype == "int4":  # levels from zero and a minimum are summed apart
+        bound = bound * 3
     assert bool(((y.double() - expected).abs() <= bound).all())
 
 

@@ -198,7 +198,8 @@ def _quantise(
         levels, scale, minimum = _fit_asymmetric(grouped, low, high)
     else:
         levels, scale = _fit_symmetric(grouped, low, high)
-    flat = levels.reshape(groups * shape.group, -1)[:length].movedim(0, axis)
+    # C reads rows one after the other, so nothing may stay a transposed view.
+    flat = levels.reshape(groups * shape.group, -1)[:length].movedim(0, axis).contiguous()
     squeeze = [
         t.squeeze(1).movedim(0, axis).contiguous().half() for t in (scale, minimum) if t is not None
     ]
@@ -257,18 +258,14 @@ def _fit_symmetric(
 def pack_nibbles(levels: torch.Tensor) -> torch.Tensor:
     """[rows, columns] levels 0..15 -> [rows, columns / 2] uint8.
 
-    In a block of 64, the 16-bit word l holds the entries l, 16 + l, 32 + l and 48 + l, lowest bits first.
+    In a block of 64 entries, byte i holds entry i in its low bits and entry 32 + i in its high ones.
     """
     rows, columns = levels.shape
-    blocks = levels.reshape(rows, columns // BLOCK, 4, 16).to(torch.int32)
-    words = blocks[:, :, 0] | blocks[:, :, 1] << 4 | blocks[:, :, 2] << 8 | blocks[:, :, 3] << 12
-    low, high = words & 255, words >> 8
-    return torch.stack([low, high], dim=-1).to(torch.uint8).reshape(rows, columns // 2)
+    halves = levels.reshape(rows, columns // BLOCK, 2, BLOCK // 2).to(torch.uint8)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, columns // 2)
 
 
 def unpack_nibbles(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """Inverse of :func:`pack_nibbles`: [rows, columns] uint8."""
-    parts = packed.reshape(packed.shape[0], columns // BLOCK, 16, 2).to(torch.int32)
-    words = parts[..., 0] | parts[..., 1] << 8
-    levels = torch.stack([words >> shift & 15 for shift in (0, 4, 8, 12)], dim=2)
-    return levels.reshape(packed.shape[0], columns).to(torch.uint8)
+    halves = packed.reshape(packed.shape[0], columns // BLOCK, BLOCK // 2)
+    return torch.stack([halves & 15, halves >> 4], dim=2).reshape(packed.shape[0], columns)

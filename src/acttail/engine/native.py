@@ -131,6 +131,8 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
         ctypes.POINTER(Matrix), _pointer, _pointer, _i64, _i64, _i64, _pointer, _i64, _i64,
     ]  # fmt: skip
     lib.acttail_dot_rows.argtypes = [ctypes.POINTER(Matrix), _pointer, _pointer]
+    lib.acttail_read_seconds.argtypes = [_pointer, _i64, ctypes.c_int]
+    lib.acttail_read_seconds.restype = ctypes.c_double
     lib.acttail_declared = True  # type: ignore[attr-defined]
     return lib
 
