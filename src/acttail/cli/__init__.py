@@ -12,7 +12,18 @@ from typing import Annotated, Any
 import typer
 
 from acttail._version import __version__
-from acttail.cli import analyze, compare, critical, doctor, evaluate, generate, plan, sweep
+from acttail.cli import (
+    analyze,
+    bench,
+    compare,
+    convert,
+    critical,
+    doctor,
+    evaluate,
+    generate,
+    plan,
+    sweep,
+)
 from acttail.cli.common import fail
 from acttail.errors import ActTailError
 
@@ -32,6 +43,8 @@ app.command("compare")(compare.compare)
 app.command("critical")(critical.critical)
 app.command("sweep")(sweep.sweep)
 app.command("generate")(generate.generate)
+app.command("convert")(convert.convert)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 

@@ -157,7 +157,7 @@ def bandwidth(threads: int, *, size: int = 1 << 29, rounds: int = 5) -> float:
         lib.acttail_read_seconds(tensors["buffer"].data_ptr(), size // 8, threads)
         for _ in range(rounds)
     ]
-    return size / min(seconds)
+    return float(size / min(seconds))
 
 
 def bytes_per_token(engine: NativeEngine, context: int) -> float:
@@ -185,7 +185,7 @@ def bytes_per_token(engine: NativeEngine, context: int) -> float:
             projections += 2 * scale[0] * scale[1] * (2 if shape.asymmetric else 1)
     kv_bytes = {"fp32": 4, "bf16": 2, "int8": 1}[engine.decoder.kv_dtype]
     kv = 2 * len(spec.blocks) * spec.kv_heads * spec.head_dim * kv_bytes * context
-    return projections + head * BITS[layout.head_dtype] / 8 + kv
+    return float(projections + head * BITS[layout.head_dtype] / 8 + kv)
 
 
 def check_rounds(rounds: int, new_tokens: int, prompt_tokens: int) -> None:
