@@ -143,7 +143,12 @@ def allocate(sizes: Sizes) -> tuple[dict[str, torch.Tensor], Any]:
         offsets[name] = total
         total += -(-_bytes_of(dtype, shape) // _ALIGN) * _ALIGN
     huge = 2 << 20
-    arena = mmap.mmap(-1, max(total, 1) + 2 * huge)
+    size = max(total, 1) + 2 * huge
+    if hasattr(mmap, "MAP_PRIVATE"):
+        # Python's default is a shared mapping, which gets no huge pages.
+        arena = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        arena = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         arena.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(arena, dtype=torch.uint8)
