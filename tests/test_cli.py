@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from acttail import cli
+from acttail.backends import cpu
 
 
 @pytest.fixture
@@ -76,8 +77,19 @@ def test_plan_eval_generate(run, tiny_folder, tmp_path, text_file):
     )
     made = json.loads(out)
     assert code == 0
-    assert made["engine"] == "transformers"
+    assert made["engine"] in ("native", "transformers")
     assert 1 <= made["tokens"] <= 5
+    code, out, _ = run(
+        "generate", tiny_folder, "--plan", plan, "--prompt", "abc", "--max-new-tokens", 5, "--json",
+        "--engine", "transformers", "--dtype", "float32",
+    )  # fmt: skip
+    other = json.loads(out)
+    assert other["engine"] == "transformers"
+    code, out, _ = run(
+        "generate", tiny_folder, "--plan", plan, "--prompt", "abc", "--max-new-tokens", 5, "--json",
+        "--dtype", "fp32",
+    )  # fmt: skip
+    assert json.loads(out)["text"] == other["text"]
     code, out, err = run("generate", tiny_folder, "--prompt", "abc", "--max-new-tokens", 3)
     assert "tokens/s" in err
 
@@ -286,3 +298,68 @@ def test_version(run):
     from acttail import __version__
 
     assert run("--version")[1].strip() == f"acttail {__version__}"
+
+
+@pytest.mark.skipif(not cpu.status().available, reason="no native library")
+def test_convert_and_native_evaluation(run, tiny_folder, tmp_path, text_file):
+    plan = tmp_path / "plan.json"
+    run("plan", tiny_folder, "--sparsity", "0.5", "-o", plan)
+    packed = tmp_path / "packed"
+    code, out, _ = run(
+        "convert", tiny_folder, "--plan", plan, "--dtype", "fp32", "-o", packed, "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["bytes"] > 0
+    code, out, _ = run("generate", packed, "--prompt", "abc", "--max-new-tokens", 4, "--json")
+    assert code == 0
+    assert json.loads(out)["sparsity"] == 0.5
+    rows = []
+    for engine in ("native", "transformers"):
+        code, out, _ = run(
+            "eval", tiny_folder, "--plan", plan, "--text", text_file, "--window", 64, "--engine", engine,
+            "--dtype", "float32", "--metrics", "perplexity,kl,top1", "--json",
+        )  # fmt: skip
+        assert code == 0
+        rows.append(json.loads(out))
+    assert rows[0]["engine"] == "native"
+    assert rows[0]["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=0.01)
+    assert rows[0]["kl"] == pytest.approx(rows[1]["kl"], abs=0.02)
+    assert rows[0]["realised_sparsity"] == pytest.approx(rows[1]["realised_sparsity"], abs=1e-6)
+
+
+@pytest.mark.skipif(not cpu.status().available, reason="no native library")
+def test_bench(run, tiny_folder, tmp_path):
+    figure = tmp_path / "speed.svg"
+    code, out, _ = run(
+        "bench", tiny_folder, "--dtype", "int8", "--rounds", 2, "--new-tokens", 3, "--prompt-tokens", "9,20",
+        "--against", "hf", "--plot", figure, "--json",
+    )  # fmt: skip
+    row = json.loads(out)
+    assert code == 0
+    assert set(row["tokens_per_second"]) == {"sparse", "dense", "hf"}
+    for ratio in row["ratios"].values():
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert row["bytes_per_token"]["sparse"] < row["bytes_per_token"]["dense"]
+    assert len(row["contexts"]) == 2
+    assert figure.read_text().lstrip().startswith("<?xml")
+    code, out, _ = run("bench", tiny_folder, "--rounds", 1, "--new-tokens", 2, "--sparsity", 0.3)
+    assert "by turns" in out
+
+
+def test_engine_errors_are_one_line(run, tiny_folder, tmp_path):
+    cases = [
+        (("bench", tiny_folder, "--against", "vllm"), "--against takes"),
+        (("bench", tiny_folder, "--plan", "a", "--sparsity", 0.5), "not both"),
+        (("bench", tiny_folder, "--dtype", "fp8"), "unknown engine dtype"),
+        (("convert", tiny_folder, "--dtype", "fp8", "-o", tmp_path / "x"), "unknown engine dtype"),
+        (("generate", tiny_folder, "--prompt", "a", "--engine", "vllm"), "unknown engine"),
+        (("generate", tiny_folder, "--prompt", "a", "--dtype", "int8", "--engine", "transformers"), "native"),
+        (("generate", tiny_folder, "--prompt", "a", "--temperature", 999), "temperature"),
+    ]  # fmt: skip
+    for arguments, expected in cases:
+        code, out, err = run(*arguments)
+        assert code == 2, arguments
+        assert expected in err
+        assert len(err.strip().splitlines()) == 1
+        assert not out
+    assert not (tmp_path / "x").exists()

@@ -29,7 +29,7 @@ from acttail.errors import ActTailError
 
 pytestmark = pytest.mark.skipif(not cpu.status().available, reason="no native library")
 SHAPES = [(1, 1), (7, 5), (64, 64), (67, 130), (576, 192), (200, 1000)]
-CASES = [(d, None) for d in DTYPES] + [("int8", 32), ("int8", 128), ("int4", 128)]
+CASES = [(d, None) for d in DTYPES] + [("int8", 0), ("int8", 32), ("int8", 128), ("int4", 128)]
 
 
 def packed(d_in, d_out, dtype, group=None, **kind):

@@ -77,7 +77,7 @@ def make_plan(
         SpectrumError: a weight has NaN or infinite entries.
     """
     allocation = get(allocator)
-    if rule is not None and rule not in RULES:
+    if rule is not None and rule not in (*RULES, allocation.rule):
         raise ActTailError(f"unknown rule {rule!r}: use {', '.join(RULES)}")
     target = check_target(sparsity)
     merged = allocation.arguments(arguments or {})

@@ -36,6 +36,10 @@ def evaluate(
     tokens: Tokens = None,
     window: Window = 1024,
     stride: Stride = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="transformers, or native: the numbers of the kernels that decode."),
+    ] = "transformers",
     dtype: Dtype = "bfloat16",
     prefill: Prefill = None,
     metrics: Metrics = "perplexity",
@@ -68,6 +72,12 @@ def evaluate(
     if text is None and tasks is None:
         raise ActTailError("eval needs --text, --tasks, or both")
     content = read_text(text) if text is not None else None
+    if engine != "transformers":
+        _native(
+            model, loaded_plan, content, engine, dtype, policy, window, tokens, stride, names(metrics), tasks,
+            save_nll, json=json,
+        )  # fmt: skip
+        return
     torch.manual_seed(seed)
     lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
     if loaded_plan is not None:
@@ -86,6 +96,40 @@ def evaluate(
         scores = _tasks(lm, tokenizer, names(tasks), limit, task_data, seed)
         row = (row or identity(lm)) | {"tasks": scores}
     row["seed"] = seed
+    if json:
+        print_json(row)
+    else:
+        _print(row)
+
+
+def _native(
+    model: str, plan: Any, content: Any, engine: str, dtype: str, policy: Any, window: int,
+    tokens: int | None, stride: int | None, metrics: list[str], tasks: str | None, save_nll: str | None,
+    *, json: bool,
+) -> None:  # fmt: skip
+    from acttail.cli.engines import open_engine
+    from acttail.engine import NativeEngine
+    from acttail.evaluate.native import native_perplexity
+    from acttail.evaluate.record import native_record, save_token_nll
+
+    if content is None or tasks is not None:
+        raise ActTailError("the native engine is scored on --text; tasks run on transformers")
+    found = open_engine(model, plan, engine=engine, dtype=dtype, prefill=policy)
+    if not isinstance(found, NativeEngine):
+        raise ActTailError(f"{found.reason}; use --engine transformers")
+    with work("evaluating") as progress:
+        result = native_perplexity(
+            found,
+            content,
+            window=window,
+            tokens=tokens,
+            stride=stride,
+            metrics=metrics,
+            progress=progress,
+        )
+    if save_nll:
+        save_token_nll(save_nll, result)
+    row = native_record(found, result)
     if json:
         print_json(row)
     else:
@@ -148,7 +192,7 @@ def _print_perplexity(row: dict[str, Any]) -> None:
     )
     table.add_row(
         "protocol",
-        f"{row['dtype']}, prefill {row['prefill']}, BOS {'added' if row['bos'] else 'not added'}",
+        f"{row.get('engine', 'transformers')}, {row['dtype']}, prefill {row['prefill']}, BOS {'added' if row['bos'] else 'not added'}",
     )
     table.add_row("seconds", f"{row['seconds']:.1f}")
     out.print(table)

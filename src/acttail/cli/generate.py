@@ -1,21 +1,12 @@
 """`acttail generate`: continue a prompt, dense or under a plan."""
 
 import sys
-import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from acttail.cli.common import (
-    Dtype,
-    Json,
-    Model,
-    Prefill,
-    TrustRemoteCode,
-    err,
-    load_model,
-    print_json,
-)
+from acttail.cli.common import Json, Model, Prefill, TrustRemoteCode, err, print_json
+from acttail.cli.engines import AnyDtype, EngineName, Threads, open_engine
 from acttail.errors import ActTailError
 
 
@@ -28,76 +19,71 @@ def generate(
         bool, typer.Option("--chat", help="Wrap the prompt in the chat template.")
     ] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.", min=0, max=1)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 for all.", min=0)] = 0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.", max=1)] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(help="Drop what is less likely than this share of the best.", min=0, max=1),
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 for none.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End at this string; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    dtype: Dtype = "bfloat16",
+    engine: EngineName = "auto",
+    dtype: AnyDtype = "bf16",
+    threads: Threads = None,
     prefill: Prefill = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Generate text and say how fast."""
-    import torch
-
+    """Generate text and say how fast, and which engine ran."""
+    from acttail.engine import Generation, Sampling
     from acttail.plan import SparsityPlan
     from acttail.prefill import PrefillPolicy
-    from acttail.sparsify import sparse_state, sparsify_
 
     if not prompt:
         raise ActTailError("the prompt is empty")
     policy = PrefillPolicy.parse(prefill or "all")
-    loaded_plan = SparsityPlan.load(plan) if plan else None
-    lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
-    if loaded_plan is not None:
-        sparsify_(lm, loaded_plan, prefill=policy)
-    inputs = _encode(tokenizer, prompt, chat=chat)
-    torch.manual_seed(seed)
-    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        arguments |= {"temperature": temperature, "top_p": top_p}
-    if not json:
-        from transformers import TextStreamer
-
-        arguments["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    started = time.perf_counter()
-    with torch.inference_mode():
-        output = lm.generate(**inputs, **arguments, pad_token_id=_pad(lm, tokenizer))
-    seconds = time.perf_counter() - started
-    new = output[0, inputs["input_ids"].shape[1] :]
-    state = sparse_state(lm)
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
+    loaded = SparsityPlan.load(plan) if plan else None
+    runner = open_engine(
+        model, loaded, engine=engine, dtype=dtype, prefill=policy, threads=threads,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    result = Generation()
+    pieces = runner.stream(
+        prompt, result, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or (), chat=chat
+    )
+    for piece in pieces:
+        if not json:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
     if json:
         print_json({
-            "model": lm.acttail_source.name,
-            "allocator": state.plan.allocator if state else None,
-            "sparsity": state.plan.sparsity if state else 0.0,
-            "engine": "transformers",
+            "model": runner.source,
+            "allocator": runner.plan.allocator if runner.plan else None,
+            "sparsity": runner.plan.sparsity if runner.plan else 0.0,
+            "engine": runner.name,
+            "engine_reason": runner.reason,
             "prompt": prompt,
-            "text": tokenizer.decode(new, skip_special_tokens=True),
-            "tokens": len(new),
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(len(new) / seconds, 2),
-            "dtype": str(lm.dtype).removeprefix("torch."),
+            "text": result.text,
+            "tokens": len(result.tokens),
+            "finish": result.finish,
+            "prompt_tokens": result.prompt_tokens,
+            "seconds": round(result.prefill_seconds + result.decode_seconds, 3),
+            "prefill_seconds": round(result.prefill_seconds, 3),
+            "tokens_per_second": round(result.tokens_per_second, 2),
+            "dtype": runner.dtype,
         })  # fmt: skip
         return
+    sys.stdout.write("\n")
     sys.stdout.flush()
-    how = f"sparsity {state.plan.sparsity:g}" if state else "dense"
+    how = f"sparsity {runner.plan.sparsity:g}" if runner.plan else "dense"
     err.print(
-        f"[dim]{len(new)} tokens, {len(new) / seconds:.1f} tokens/s with prefill, transformers, {how}[/dim]"
+        f"[dim]{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s after a prefill of "
+        f"{result.prefill_seconds:.2f} s, {runner.name} engine, {runner.dtype}, {how}[/dim]"
     )
-
-
-def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ActTailError("this model has no chat template; leave out --chat")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt",
-        return_dict=True,
-    )  # fmt: skip
-
-
-def _pad(model: Any, tokenizer: Any) -> int | None:
-    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.config.eos_token_id):
-        if isinstance(value, int):
-            return value
-    return None

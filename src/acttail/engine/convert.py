@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from acttail.checkpoint import GgufWeights, StoredBlocks, WeightSource
-from acttail.engine.layout import BLOCK, Shape, pack, pack_nibbles, padded, shape_for
+from acttail.engine.layout import BLOCK, HEAD_GROUPS, Shape, pack, pack_nibbles, padded, shape_for
 from acttail.engine.spec import DecoderSpec
 from acttail.engine.store import Layout, Packed, Segment, Sizes, allocate, write_folder
 from acttail.errors import ActTailError, ModelError
@@ -47,7 +47,7 @@ class Conversion:
         self, spec: DecoderSpec, weights: WeightSource, dtype: str, *, plan: SparsityPlan | None = None,
         head_dtype: str | None = None, group: int | None = None,
     ) -> None:  # fmt: skip
-        self.spec, self.weights, self.plan = spec, weights, plan
+        self.spec, self.weights, self.plan, self.group = spec, weights, plan, group
         self.by_name = {p.name: p for p in weights.projections}
         head_dtype = head_dtype or ("int8" if dtype == "int4" else dtype)
         shapes: dict[str, Shape] = {}
@@ -63,7 +63,7 @@ class Conversion:
                     asymmetric = stored[0].minimum is not None
                     shape = replace(shape, group=32, asymmetric=asymmetric)
                 shapes[name] = shape
-        own_group = None if head_dtype == "int4" else 0
+        own_group = HEAD_GROUPS.get(head_dtype)
         table = shape_for(
             head_dtype, spec.hidden, spec.vocabulary, group=own_group, output_major=True
         )
@@ -158,7 +158,7 @@ class Conversion:
     def _fused(self, name: str, shape: Shape) -> dict[str, torch.Tensor]:
         """Members packed one after the other and put side by side."""
         segments = self.layout.segments[name]
-        stored = self._stored(segments, shape.dtype, shape.group if shape.group == 32 else None)
+        stored = self._stored(segments, shape.dtype, self.group)
         parts = []
         for i, s in enumerate(segments):
             own = replace(shape, columns=s.end - s.begin)

@@ -98,7 +98,8 @@ class LlamaCppContestant:
         self._vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
         self.bytes = int(lib.llama_model_size(self._model))
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Free the model and its context."""
         if getattr(self, "_context", None):
             self._lib.llama_free(self._context)
             self._context = None

@@ -159,10 +159,10 @@ def clustered_mean(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, flo
     return mean, math.sqrt(variance) / float(n.sum())
 
 
-def _scored_mask(
+def scored_mask(
     shape: tuple[int, int], window: int, stride: int, bos: bool, policy: PrefillPolicy
 ) -> torch.Tensor:
-    """Which of the W - 1 predictions of each window count."""
+    """Which of the W - 1 predictions of each window count: [windows, W - 1] bool."""
     mask = torch.ones(shape, dtype=torch.bool)
     body = window - bos
     if stride < body:
@@ -260,7 +260,7 @@ def perplexity(
             del logits
             if progress is not None:
                 progress(i + 1, len(batches))
-    mask = _scored_mask((len(batches), window - 1), window, step, bos is not None, policy)
+    mask = scored_mask((len(batches), window - 1), window, step, bos is not None, policy)
     if not bool(torch.isfinite(losses[mask]).all()):
         # A mean over broken numbers would hide them.
         mean, error = math.nan, None

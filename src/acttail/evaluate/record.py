@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 
 from acttail.checkpoint import LoadedWeights
+from acttail.engine import NativeEngine
+from acttail.engine.layout import BITS
 from acttail.errors import ActTailError
 from acttail.evaluate.perplexity import PerplexityResult
 from acttail.evaluate.traffic import token_bytes
 from acttail.files import replacing
 from acttail.plan import created_with
 from acttail.sparsify import sparse_state
+
+_FIELDS = (
+    "perplexity", "perplexity_stderr", "nll", "nll_stderr", "kl", "kl_stderr", "top1", "top1_stderr",
+    "tokens", "scored", "windows", "window", "stride", "bos", "dtype", "prefill", "text",
+)  # fmt: skip
 
 
 def identity(model: Any) -> dict[str, Any]:
@@ -33,6 +40,7 @@ def identity(model: Any) -> dict[str, Any]:
         "rule": plan.rule if plan else None,
         "arguments": plan.arguments if plan else {},
         "sparsity": plan.sparsity if plan else 0.0,
+        "engine": "transformers",
         "versions": created_with(),
     }
 
@@ -48,27 +56,40 @@ def record(model: Any, result: PerplexityResult) -> dict[str, Any]:
     realised = result.realised
     return identity(model) | {
         "realised_sparsity": realised.model if realised else 0.0,
-        "perplexity": result.perplexity,
-        "perplexity_stderr": result.perplexity_stderr,
-        "nll": result.nll,
-        "nll_stderr": result.nll_stderr,
-        "kl": result.kl,
-        "kl_stderr": result.kl_stderr,
-        "top1": result.top1,
-        "top1_stderr": result.top1_stderr,
-        "tokens": result.tokens,
-        "scored": result.scored,
-        "windows": result.windows,
-        "window": result.window,
-        "stride": result.stride,
-        "bos": result.bos,
-        "dtype": result.dtype,
-        "prefill": result.prefill,
-        "text": result.text,
+        **{k: getattr(result, k) for k in _FIELDS},
         "seconds": round(result.seconds, 3),
         "bytes_per_token": asdict(token_bytes(model, state.plan if state else None)),
         "projections": realised.projections if realised else {},
     }
+
+
+def native_record(engine: NativeEngine, result: PerplexityResult) -> dict[str, Any]:
+    """The row of :func:`record` for the native engine.
+
+    Args:
+        engine: as it was evaluated.
+        result: of :func:`acttail.evaluate.native.native_perplexity`.
+    """
+    plan = engine.plan
+    spec, layout = engine.packed.layout.spec, engine.packed.layout
+    head = spec.vocabulary * spec.hidden * BITS[layout.head_dtype] // 8
+    projections = sum(layout.shapes[n].rows * layout.shapes[n].row_bytes for n in layout.segments)
+    realised = result.realised
+    kept = 1 - realised.model if realised else 1.0
+    return {
+        "model": engine.source, "engine": engine.name, "revision": None,
+        "allocator": plan.allocator if plan else None, "rule": plan.rule if plan else None,
+        "arguments": plan.arguments if plan else {}, "sparsity": plan.sparsity if plan else 0.0,
+        "versions": created_with(),
+        "realised_sparsity": realised.model if realised else 0.0,
+        **{k: getattr(result, k) for k in _FIELDS},
+        "seconds": round(result.seconds, 3),
+        "bytes_per_token": {
+            "dense": projections + head, "sparse": round(projections * kept) + head,
+            "projections": projections, "lm_head": head, "other": 0,
+        },
+        "projections": realised.projections if realised else {},
+    }  # fmt: skip
 
 
 def save_token_nll(path: str | os.PathLike[str], result: PerplexityResult) -> None:
