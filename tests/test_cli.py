@@ -342,7 +342,10 @@ def test_bench(run, tiny_folder, tmp_path):
     assert row["bytes_per_token"]["sparse"] < row["bytes_per_token"]["dense"]
     assert len(row["contexts"]) == 2
     assert figure.read_text().lstrip().startswith("<?xml")
-    code, out, _ = run("bench", tiny_folder, "--rounds", 1, "--new-tokens", 2, "--sparsity", 0.3)
+    code, out, err = run(
+        "bench", tiny_folder, "--rounds", 1, "--new-tokens", 2, "--prompt-tokens", 9
+    )
+    assert code == 0, err
     assert "by turns" in out
 
 

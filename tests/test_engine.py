@@ -404,3 +404,31 @@ def test_gguf_blocks_are_taken_as_they_are():
             torch.testing.assert_close(values, weights.weight(by_name[name]), atol=1e-6, rtol=1e-6)
             checked += 1
     assert checked == 14
+
+
+def test_tuning_chooses_kernels(tmp_path, monkeypatch):
+    from acttail.engine.tune import _key, dense_kernels, table, tune
+
+    monkeypatch.setenv("ACTTAIL_CACHE", str(tmp_path))
+    model = lively("llama")
+    plan = make_plan(model, 0.3)
+    engine = Engine.from_model(model, plan, dtype="int8", native=True)
+    assert not engine.decoder.dense_kernel  # nothing has been measured
+    layout = engine.packed.layout
+    shapes = [layout.shapes[n] for n in layout.segments]
+    found = tune(shapes)
+    assert len(found) == len({_key(s) for s in shapes})
+    assert set(table()) == {_key(s) for s in shapes}
+    for c in found:
+        assert all(r > 0 for r in c.ratios.values())
+        assert c.density == 1.0 or c.ratios[c.density] > 1
+    monkeypatch.setattr("acttail.engine.tune.table", lambda: {_key(s): 0.6 for s in shapes})
+    chosen = dense_kernels(layout, plan)
+    assert chosen == {n for n, e in plan.projections.items() if 1 - e.realised_sparsity >= 0.6}
+    assert chosen
+    ids = tokens(model, 20)
+    tuned = Engine.from_model(model, plan, dtype="fp32", native=True)
+    assert tuned.decoder.dense_kernel or dense_kernels(tuned.packed.layout, plan) == frozenset()
+    expected = reference(model, plan, ids)
+    got = tuned.new_sequence(64).all_logits(ids, decode=True)
+    assert float((got - expected).abs().max()) <= 1e-3

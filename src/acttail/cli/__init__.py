@@ -23,6 +23,7 @@ from acttail.cli import (
     generate,
     plan,
     sweep,
+    tune,
 )
 from acttail.cli.common import fail
 from acttail.errors import ActTailError
@@ -45,6 +46,7 @@ app.command("sweep")(sweep.sweep)
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
+app.command("tune")(tune.tune)
 app.command("doctor")(doctor.doctor)
 
 

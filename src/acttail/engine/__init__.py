@@ -232,6 +232,7 @@ class NativeEngine(Engine):
     ) -> None:  # fmt: skip
         from acttail.engine.native import KV_FORMATS, NativeDecoder
         from acttail.engine.prefill import Prefill
+        from acttail.engine.tune import dense_kernels
 
         kv = kv_dtype or ("fp32" if packed.layout.dtype == "fp32" else "bf16")
         if kv not in KV_FORMATS:
@@ -241,7 +242,9 @@ class NativeEngine(Engine):
         self.dtype, self.context = packed.layout.dtype, packed.layout.spec.context
         self.source = packed.layout.source
         self.threads = threads or torch.get_num_threads()
-        self.decoder = NativeDecoder(packed, plan, self.threads, kv)
+        self.decoder = NativeDecoder(
+            packed, plan, self.threads, kv, dense_kernels(packed.layout, plan)
+        )
         self._prefill = Prefill(self.decoder)
 
     def new_sequence(self, capacity: int | None = None) -> NativeSequence:

@@ -1,0 +1,177 @@
+"""Choice by measurement: from which density on the dense kernel is faster, on this machine.
+
+A table of one number per matrix shape, dtype and number of threads, measured once and kept in the cache.
+The dense kernel reads every row of a masked vector; it gives the same result and needs no list of rows.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from acttail.backends import cpu
+from acttail.engine.layout import Shape
+from acttail.engine.native import library, matrix_struct
+from acttail.engine.store import Layout, allocate
+from acttail.errors import ActTailError
+from acttail.files import cache_dir, write_json
+from acttail.plan import SparsityPlan
+
+VERSION = 1
+_DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+# Sparse must be this much slower before the dense kernel is taken: below it is noise.
+_MARGIN = 1.02
+# Copies of a matrix are spread over more memory than the caches hold.
+_SPREAD_BYTES = 64 << 20
+_ROUNDS = 5
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Where one shape changes kernels.
+
+    Attributes:
+        shape: of the matrix.
+        density: the dense kernel is faster above it; 1 if it never is.
+        ratios: density -> time of sparse over dense, medians.
+    """
+
+    shape: Shape
+    density: float
+    ratios: dict[float, float]
+
+
+def machine() -> str:
+    """Hash of what the measurements depend on: processor, instruction set, cores."""
+    status = cpu.status()
+    described = (platform.processor(), _cpu_model(), status.isa, os.cpu_count(), VERSION)
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _file() -> Path:
+    return cache_dir() / "tune" / f"{machine()}.json"
+
+
+def _key(shape: Shape) -> str:
+    return f"{shape.dtype} {shape.rows}x{shape.columns} group {shape.group} {shape.asymmetric}"
+
+
+def table() -> dict[str, float]:
+    """What has been measured on this machine: key of a shape -> density of the crossover."""
+    with suppress(OSError, ValueError):
+        found = json.loads(_file().read_text(encoding="utf-8"))
+        return {str(k): float(v["density"]) for k, v in found.items()}
+    return {}
+
+
+def measure(shape: Shape) -> Crossover:
+    """Time the sparse kernel against the dense one over densities, by turns.
+
+    Args:
+        shape: of an input-major matrix.
+
+    Raises:
+        ActTailError: no native library.
+    """
+    lib = library()
+    size = shape.rows * shape.row_bytes
+    copies = max(2, min(256, _SPREAD_BYTES // max(size, 1)))
+    sizes = {f"{i}.{k}": v for i in range(copies) for k, v in shape.tensors().items()}
+    tensors, _arena = allocate(sizes)
+    for tensor in tensors.values():
+        tensor.fill_(1)
+    structs = [
+        matrix_struct({k: tensors[f"{i}.{k}"] for k in shape.tensors()}, shape)
+        for i in range(copies)
+    ]
+    y = torch.zeros(shape.columns)
+    generator = torch.Generator().manual_seed(0)
+
+    def run(index: torch.Tensor | None, x: torch.Tensor) -> float:
+        started = time.perf_counter()
+        for struct in structs:
+            lib.acttail_add_rows(
+                ctypes.byref(struct), index.data_ptr() if index is not None else None, x.data_ptr(),
+                len(x), 0, shape.columns, y.data_ptr(), 1, 0,
+            )  # fmt: skip
+        return time.perf_counter() - started
+
+    full = torch.randn(shape.rows, generator=generator)
+    ratios, crossover = {}, 1.0
+    run(None, full)
+    for density in _DENSITIES:
+        count = max(1, round(density * shape.rows))
+        kept = torch.randperm(shape.rows, generator=generator)[:count].sort().values
+        index, x = kept.to(torch.int32), full[kept].contiguous()
+        found = [run(index, x) / run(None, full) for _ in range(_ROUNDS)]
+        ratios[density] = statistics.median(found)
+        if ratios[density] > _MARGIN and density < 1:
+            crossover = density
+    return Crossover(shape, crossover, ratios)
+
+
+def tune(shapes: Iterable[Shape], progress: Progress | None = None) -> list[Crossover]:
+    """Measure the shapes that are not in the table yet, or all again, and keep the results.
+
+    Args:
+        shapes: input-major matrices; equal ones are measured once.
+        progress: called with (shapes done, shapes).
+
+    Raises:
+        ActTailError: no native library.
+    """
+    wanted = list({_key(s): s for s in shapes}.values())
+    done = []
+    for i, shape in enumerate(wanted, 1):
+        done.append(measure(shape))
+        if progress is not None:
+            progress(i, len(wanted))
+    found: dict[str, object] = {}
+    with suppress(OSError, ValueError):
+        found = json.loads(_file().read_text(encoding="utf-8"))
+    for c in done:
+        ratios = {str(d): round(r, 4) for d, r in c.ratios.items()}
+        found[_key(c.shape)] = {"density": c.density, "sparse_over_dense": ratios}
+    with suppress(OSError, ActTailError):
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_file(), found)
+    return done
+
+
+def dense_kernels(layout: Layout, plan: SparsityPlan | None) -> frozenset[str]:
+    """Projections of a plan for which this machine's table names the dense kernel.
+
+    Args:
+        layout: of the packed model.
+        plan: of the engine.
+    """
+    measured = table()
+    if plan is None or not measured:
+        return frozenset()
+    chosen = set()
+    for name, segments in layout.segments.items():
+        limit = measured.get(_key(layout.shapes[name]), 1.0)
+        for s in segments:
+            entry = plan.projections.get(s.name)
+            if entry is not None and limit < 1 and 1 - entry.realised_sparsity >= limit > 0:
+                chosen.add(s.name)
+    return frozenset(chosen)
