@@ -125,6 +125,9 @@ ACTTAIL_API int acttail_decode_rows(const struct acttail_matrix* m, int64_t firs
 ACTTAIL_API int acttail_add_rows(const struct acttail_matrix* m, const int32_t* index, const float* x,
                                  int64_t count, int64_t begin, int64_t end, float* y, int64_t batch,
                                  int64_t stride);
+// y[b] = W TopK(x[b]) for 1 to 8 vectors; x is [rows][d_in], y [rows][columns].
+ACTTAIL_API int acttail_sparse_linear(const struct acttail_matrix* m, const float* x, int64_t rows,
+                                      int64_t k, float* y, int threads);
 // y = W x of an output-major matrix.
 ACTTAIL_API int acttail_dot_rows(const struct acttail_matrix* m, const float* x, float* y);
 

@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
-# The C++ tests under AddressSanitizer and UBSan, on every instruction set this machine has.
+# The C++ tests under AddressSanitizer and UBSan on every instruction set this machine has, and the
+# engine's thread pool under ThreadSanitizer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cmake="${VENV:-.venv}/bin/cmake"
 [ -x "$cmake" ] || cmake=cmake
-"$cmake" -S . -B build/sanitize -DACTTAIL_SANITIZE=ON -DACTTAIL_TESTS=ON -DCMAKE_BUILD_TYPE=Debug >build/sanitize.log 2>&1 ||
-  { mkdir -p build; "$cmake" -S . -B build/sanitize -DACTTAIL_SANITIZE=ON -DACTTAIL_TESTS=ON -DCMAKE_BUILD_TYPE=Debug; }
-"$cmake" --build build/sanitize --parallel 2 >>build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
-for isa in portable avx2 avx512; do
-  # OpenMP's runtime keeps its threads until exit; that is not a leak of ours.
-  ACTTAIL_ISA=$isa ASAN_OPTIONS=detect_leaks=0 build/sanitize/native/test_topk
+mkdir -p build
+build() { # folder, sanitizers
+  { "$cmake" -S . -B "build/$1" "-DACTTAIL_SANITIZE=$2" -DACTTAIL_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo &&
+    "$cmake" --build "build/$1" --parallel 2; } >"build/$1.log" 2>&1 || { cat "build/$1.log"; exit 1; }
+}
+build sanitize address,undefined
+for isa in portable avx2 avx512 avx512vnni; do
+  for test in test_topk test_engine; do
+    # OpenMP's runtime keeps its threads until exit; that is not a leak of ours.
+    ACTTAIL_ISA=$isa ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 "build/sanitize/native/$test"
+  done
 done
+build tsan thread
+TSAN_OPTIONS=halt_on_error=1 build/tsan/native/test_engine

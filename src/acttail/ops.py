@@ -1,7 +1,7 @@
 """The operators as torch sees them: schema, fake, gradient; the backend is picked by the device.
 
-`torch.ops.acttail.topk_mask(x, k)` works eagerly, under autograd and under
-`torch.compile(fullgraph=True)`.
+`torch.ops.acttail.topk_mask(x, k)` and `torch.ops.acttail.sparse_linear(x, weight, bias, k)` work
+eagerly, under autograd and under `torch.compile(fullgraph=True)`.
 """
 
 from typing import Any
@@ -53,6 +53,83 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
 torch.library.register_autograd(
     "acttail::topk_mask", _backward, setup_context=_setup_context, lib=_library
 )
+
+
+# Up to so many rows the native product reads the kept weights alone; above it one masked GEMM is faster.
+NATIVE_ROWS = 8
+
+_library.define("sparse_linear(Tensor x, Tensor weight, Tensor? bias, int k) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+def _linear_any(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, k: int
+) -> torch.Tensor:
+    return torch.nn.functional.linear(topk_mask(x, k), weight, bias)
+
+
+def _linear_cpu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, k: int
+) -> torch.Tensor:
+    _check(x, k)
+    rows = x.numel() // x.shape[-1]
+    if not 1 <= rows <= NATIVE_ROWS or not cpu.input_major(weight) or x.dtype != weight.dtype:
+        return _linear_any(x, weight, bias, k)
+    y = cpu.sparse_linear(x, weight, k)
+    return y if bias is None else y + bias
+
+
+_library.impl("sparse_linear", _linear_any, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("sparse_linear", _linear_cpu, "CPU")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("acttail::sparse_linear", lib=_library)  # type: ignore[untyped-decorator]
+def _linear_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, k: int
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_setup(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+    x, weight, bias, k = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.k, ctx.biased = k, bias is not None
+
+
+def _linear_backward(ctx: Any, gradient: torch.Tensor) -> Any:
+    x, weight = ctx.saved_tensors
+    kept = topk_mask(x, ctx.k)
+    to_x = (gradient @ weight) * (kept != 0)
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    to_weight = flat.T @ kept.reshape(-1, kept.shape[-1])
+    return to_x, to_weight, flat.sum(0) if ctx.biased else None, None
+
+
+torch.library.register_autograd(
+    "acttail::sparse_linear", _linear_backward, setup_context=_linear_setup, lib=_library
+)
+
+
+def sparse_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, k: int
+) -> torch.Tensor:
+    """The linear map of the k largest entries of each row: TopK(x) Wᵀ + b.
+
+    On a CPU, for up to :data:`NATIVE_ROWS` rows and a weight laid out input-major (see
+    :func:`acttail.backends.cpu.to_input_major`), only the kept columns of W are read.
+
+    Args:
+        x: [..., d_in] floating point.
+        weight: [d_out, d_in], the same dtype.
+        bias: [d_out] or None.
+        k: entries to keep, 1 <= k <= d_in.
+
+    Returns:
+        [..., d_out] in x's dtype.
+
+    Raises:
+        ValueError: k is outside [1, d_in].
+    """
+    return torch.ops.acttail.sparse_linear(x, weight, bias, k)  # type: ignore[no-any-return]
 
 
 def topk_mask(x: torch.Tensor, k: int) -> torch.Tensor:

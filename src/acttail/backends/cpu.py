@@ -58,6 +58,9 @@ def _load() -> tuple[ctypes.CDLL | None, NativeStatus]:
         library.acttail_curves_f32.argtypes = [
             pointer, pointer, int64, int64, int64, pointer, int64, pointer, ctypes.c_int,
         ]  # fmt: skip
+        library.acttail_sparse_linear.argtypes = [
+            pointer, pointer, int64, int64, pointer, ctypes.c_int,
+        ]  # fmt: skip
         isa = library.acttail_isa().decode()
     except (OSError, AttributeError) as error:
         return None, NativeStatus(False, None, str(path), f"the library does not load: {error}")
@@ -155,3 +158,73 @@ def partial_energies(
     )  # fmt: skip
     _check(code, f"curves (rows={x.shape[0]}, columns={x.shape[1]})")
     return sums
+
+
+# Columns of an input-major matrix come in blocks of this many (native/kernels.hpp).
+_BLOCK = 64
+_LINEAR_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class _Matrix(ctypes.Structure):
+    """struct acttail_matrix without scales."""
+
+    _fields_ = (
+        ("format", ctypes.c_int32), ("group", ctypes.c_int32), ("d_in", ctypes.c_int64),
+        ("columns", ctypes.c_int64), ("data", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+        ("minimum", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+def to_input_major(weight: torch.Tensor) -> torch.Tensor:
+    """The same [d_out, d_in] matrix over memory in which each input's weights are one run.
+
+    Args:
+        weight: [d_out, d_in] float32 or bfloat16 on the CPU.
+
+    Returns:
+        A view with strides (1, d_out rounded up to 64).
+    """
+    d_out, d_in = weight.shape
+    rows = torch.zeros(d_in, -(-d_out // _BLOCK) * _BLOCK, dtype=weight.dtype)
+    rows[:, :d_out] = weight.T
+    return rows[:, :d_out].T
+
+
+def input_major(weight: torch.Tensor) -> bool:
+    """Whether a weight is laid out by :func:`to_input_major` and the library can run it."""
+    return (
+        weight.dim() == 2
+        and weight.dtype in _LINEAR_FORMATS
+        and weight.device.type == "cpu"
+        and weight.stride(0) == 1
+        and weight.stride(1) == -(-weight.shape[0] // _BLOCK) * _BLOCK
+        and _load()[0] is not None
+    )
+
+
+def sparse_linear(x: torch.Tensor, weight: torch.Tensor, k: int) -> torch.Tensor:
+    """TopK(x) Wᵀ of 1 to 8 rows, reading only the kept columns of W.
+
+    Args:
+        x: [..., d_in], the weight's dtype.
+        weight: [d_out, d_in], input-major.
+        k: entries to keep.
+
+    Returns:
+        [..., d_out] in x's dtype.
+
+    Raises:
+        RuntimeError: the library refused the arguments or ran out of memory.
+    """
+    lib = _library()
+    d_out, d_in = weight.shape
+    columns = weight.stride(1)
+    rows = x.numel() // d_in
+    flat = x.reshape(rows, d_in).float().contiguous()
+    y = torch.empty(rows, columns)
+    matrix = _Matrix(_LINEAR_FORMATS[weight.dtype], 0, d_in, columns, weight.data_ptr(), None, None)
+    code = lib.acttail_sparse_linear(
+        ctypes.byref(matrix), flat.data_ptr(), rows, k, y.data_ptr(), torch.get_num_threads()
+    )
+    _check(code, f"sparse_linear (rows={rows}, {d_in} -> {d_out}, k={k})")
+    return y[:, :d_out].to(x.dtype).reshape(*x.shape[:-1], d_out)
