@@ -84,10 +84,10 @@ def rows_of(what, dtype, threads, speed, ours, others, extra):
         print(what, dtype, threads, name, round(speed.median(name), 1), flush=True)
 
 
-def small():
+def small(dtypes=("bf16", "int8", "int4")):
     model, found = plans()
     gguf = resolve(MODEL).path
-    for dtype in ("bf16", "int8", "int4"):
+    for dtype in dtypes:
         base = Engine.from_pretrained(MODEL, found[0.5], dtype=dtype, native=True, threads=1)
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -125,6 +125,7 @@ def large():
     for dtype in ("bf16", "int8"):
         base = Engine.from_model(model, found[0.5], dtype=dtype, native=True, threads=1)
         for threads in (1, 2):
+            torch.set_num_threads(threads)
             ours = engines(base, found, threads)
             contestants = {n: EngineContestant(e) for n, e in ours.items()}
             speed = measure(contestants, prompt(32, 1024), new_tokens=24, rounds=7)
@@ -229,6 +230,27 @@ def speed_table():
     return "\n".join(lines)
 
 
+def readme_table():
+    found = latest("decode_speed", "what", "dtype", "threads", "engine")
+    if not found:
+        return "Not measured yet."
+    lines = [
+        "| decoding against llama.cpp at the same width | threads | our dense | S = 0.5 | S = 0.7 |",
+        "|---|---|---|---|---|",
+    ]
+    for dtype, file in (("bf16", "BF16"), ("int8", "Q8_0"), ("int4", "Q4_0")):
+        for threads in ("1", "2"):
+            row = [found.get((MODEL, dtype, threads, n)) for n in ("dense", "S=0.5", "S=0.7")]
+            if None in row:
+                continue
+            cells = [
+                f"{float(r['over_llama.cpp_median']):.2f} × ({float(r['tokens_per_second']):.0f})"
+                for r in row
+            ]
+            lines.append(f"| {dtype} ÷ {file} | {threads} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def prefill_table():
     found = latest("prefill_speed", "dtype")
     if not found:
@@ -245,17 +267,25 @@ def prefill_table():
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="speed,large,prefill,quality")
+    parser.add_argument("--dtypes", default="bf16,int8,int4", help="of the part `speed`")
     parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
     if not args.table_only:
         for part in args.only.split(","):
-            {"speed": small, "large": large, "prefill": prefill, "quality": quality}[part]()
+            if part == "speed":
+                small(args.dtypes.split(","))
+            else:
+                {"large": large, "prefill": prefill, "quality": quality}[part]()
     path = common.HERE.parent / "docs" / "performance.md"
     page = path.read_text()
     for name, table in (("decode", speed_table()), ("prefill", prefill_table())):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         page = f"{page.split(begin)[0]}{begin}\n{table}\n{end}{page.split(end)[1]}"
     path.write_text(page)
+    path = common.HERE.parent / "README.md"
+    page = path.read_text()
+    begin, end = "<!-- speed: begin -->", "<!-- speed: end -->"
+    path.write_text(f"{page.split(begin)[0]}{begin}\n{readme_table()}\n{end}{page.split(end)[1]}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`make demo`: the whole method on a real model, over text that every Python ships.
 
-analyze -> plan -> compare on SmolLM2-135M; the commands are printed, so that each can be repeated.
+analyze -> plan -> compare -> generate -> measured decoding speed on SmolLM2-135M; the commands are printed, so that each can be repeated.
 """
 
 import subprocess
@@ -30,6 +30,11 @@ def main() -> None:
     run(
         "generate", MODEL, "--plan", str(OUT / "plan.json"), "--chat", "--max-new-tokens", "48",
         "--prompt", "Why is the sky blue? Answer in one sentence.",
+    )  # fmt: skip
+    # transformers, native dense and native sparse: same prompt, same machine, by turns.
+    run(
+        "bench", MODEL, "--plan", str(OUT / "plan.json"), "--against", "hf", "--rounds", "3",
+        "--new-tokens", "48",
     )  # fmt: skip
     page = (OUT / "compare.html").resolve()
     print(f"\nDone in {time.monotonic() - started:.0f} s. Open the result in a browser:\n  {page}")

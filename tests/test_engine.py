@@ -215,6 +215,23 @@ def test_sequences_do_not_disturb_each_other():
         assert torch.equal(expected, torch.stack(got))
 
 
+def test_sequences_may_run_in_threads_of_their_own():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = lively("llama")
+    engine = Engine.from_model(model, make_plan(model, 0.5), dtype="fp32", native=True, threads=2)
+    prompts = [tokens(model, 12, seed=s) for s in range(6)]
+    greedy = Sampling(ignore_eos=True)
+    alone = [engine.generate(p, max_new_tokens=20, sampling=greedy).tokens for p in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(
+            pool.map(
+                lambda p: engine.generate(p, max_new_tokens=20, sampling=greedy).tokens, prompts
+            )
+        )
+    assert together == alone
+
+
 def test_limits_are_told():
     model = lively("llama")
     engine = Engine.from_model(model, dtype="fp32", native=True)
@@ -283,6 +300,27 @@ def test_unsupported_models_fall_back_and_say_so():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Engine.from_model(model, native=False).reason == "transformers was asked for"
+
+
+def test_sparse_models_stay_sparse(tmp_path):
+    model = lively("llama", vocab_size=260)
+    plan = make_plan(model, 0.5)
+    ids = tokens(model, 20)
+    expected = reference(model, plan, ids)
+    sparsify_(model, plan, prefill="first_dense=2")
+    engine = Engine.from_model(model, dtype="fp32", native=True)
+    assert engine.plan == plan
+    assert str(engine.policy) == "first_dense=2"
+    assert Engine.from_model(model, native=False).plan == plan
+    sparsify_(model, plan)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    saved = Engine.from_pretrained(tmp_path, dtype="fp32", native=True)
+    assert saved.plan == plan
+    got = saved.new_sequence(64).all_logits(ids, decode=True)
+    assert float((got - expected).abs().max()) <= 1e-3
+    folder = convert_model(tmp_path, tmp_path / "packed", dtype="fp32")
+    assert Engine.from_pretrained(folder).plan == plan
 
 
 def test_a_plan_for_another_model_is_refused():

@@ -60,8 +60,9 @@ class Engine:
         """Make an engine of a loaded transformers model.
 
         Args:
-            model: causal LM, dense; may be deleted afterwards if the engine is native.
-            plan: which inputs each projection keeps; None for dense.
+            model: causal LM; may be deleted afterwards if the engine is native.
+            plan: which inputs each projection keeps; None for the plan of a model that is sparse
+                already, else dense.
             dtype: of the engine's weights: ``fp32``, ``bf16``, ``int8``, ``int4``.
             tokenizer: of the model; without one only token ids can be generated.
             threads: that decode; torch's number by default.
@@ -78,8 +79,12 @@ class Engine:
             PlanError: the plan was made for another model.
         """
         from acttail.checkpoint import LoadedWeights
+        from acttail.sparsify import sparse_state
 
         weights = LoadedWeights(model)
+        state = sparse_state(model)
+        if plan is None and state is not None:
+            plan, prefill = state.plan, state.policy
         if plan is not None:
             plan.check(weights)
         if native is not False:
@@ -325,6 +330,9 @@ def _from_source(
 
     _require_library()
     opened = open_for_engine(model, own_blocks=dtype in ("int8", "int4"))
+    if plan is None and opened.plan is not None:
+        # A checkpoint saved sparse stays so, and keeps its policy unless another was asked for.
+        plan, prefill = opened.plan, opened.prefill if str(prefill) == "all" else prefill
     if plan is not None:
         plan.check(opened.weights)
     return _native(

@@ -1,6 +1,7 @@
 """The engine's C ABI: structs, and the calls that run a decoder (native/engine.h)."""
 
 import ctypes
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -159,6 +160,8 @@ class NativeDecoder:
         self._lib = library()
         self.packed, self.plan, self.threads, self.kv_dtype = packed, plan, threads, kv_dtype
         self.dense_kernel = dense_kernel
+        # Sequences share the workers' scratch: one pass at a time, whatever thread it comes from.
+        self.lock = threading.RLock()
         self._held: list[Any] = []
         model = self._model()
         self.handle = self._lib.acttail_engine_new(ctypes.byref(model), threads)

@@ -85,22 +85,30 @@ class Sampler:
             ActTailError: the logits are not finite: the model's weights or activations are broken.
         """
         s = self.sampling
-        if self._seen is not None:
-            penalised = torch.where(
-                logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty
-            )
-            logits = torch.where(self._seen[: logits.numel()], penalised, logits)
+        logits = self.penalised(logits)
         best = int(logits.argmax())
         if not bool(torch.isfinite(logits[best])):
             raise ActTailError("the model gave logits that are not finite; check its weights")
         if s.temperature == 0:
             return best
-        values, index = self._candidates(logits / s.temperature)
+        values, index = self.candidates(logits / s.temperature)
         drawn = torch.multinomial(values, 1, generator=self._generator)
         return int(index[drawn])
 
-    def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities (not normalised) and ids of what may be drawn, likeliest first."""
+    def penalised(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [vocabulary] with the repetition penalty on tokens already there."""
+        if self._seen is None:
+            return logits
+        penalty = self.sampling.repetition_penalty
+        changed = torch.where(logits > 0, logits / penalty, logits * penalty)
+        return torch.where(self._seen[: logits.numel()], changed, logits)
+
+    def candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities (not normalised) and ids of what may be drawn, likeliest first.
+
+        Args:
+            logits: [vocabulary], over the temperature.
+        """
         s = self.sampling
         total = torch.logsumexp(logits, 0)
         count = min(

@@ -92,11 +92,12 @@ class NativeSequence:
             ActTailError: the KV cache is full or an id is out of range.
         """
         tokens = self._checked(tokens)
-        if len(tokens) < _PREFILL_TOKENS and self._all_sparse(len(tokens)):
-            self.weights_read = self._decoder.forward(self._cache, tokens, self._logits)
-            return self._logits
-        hidden = self._prompt(tokens)[-1:]
-        return self._head(hidden)[0]
+        with self._decoder.lock:
+            if len(tokens) < _PREFILL_TOKENS and self._all_sparse(len(tokens)):
+                self.weights_read = self._decoder.forward(self._cache, tokens, self._logits)
+                return self._logits
+            hidden = self._prompt(tokens)[-1:]
+            return self._head(hidden)[0]
 
     def all_logits(self, tokens: torch.Tensor, *, decode: bool = False) -> torch.Tensor:
         """As :meth:`feed`, but the logits of every token: [n, vocabulary] float32.
@@ -106,11 +107,12 @@ class NativeSequence:
             decode: token by token through the decoder's kernels even for a prompt.
         """
         tokens = self._checked(tokens)
-        if decode:
-            out = torch.empty(len(tokens), self._logits.numel())
-            self.weights_read = self._decoder.forward(self._cache, tokens, out, every=True)
-            return out
-        return self._head(self._prompt(tokens))
+        with self._decoder.lock:
+            if decode:
+                out = torch.empty(len(tokens), self._logits.numel())
+                self.weights_read = self._decoder.forward(self._cache, tokens, out, every=True)
+                return out
+            return self._head(self._prompt(tokens))
 
     def _checked(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens.to(torch.int64).reshape(-1).contiguous()

@@ -24,6 +24,7 @@ from acttail.models import (
     reason,
     resolve,
 )
+from acttail.plan import SparsityPlan
 
 
 @dataclass
@@ -34,11 +35,15 @@ class OpenedModel:
         spec: its description.
         weights: read one matrix at a time.
         generation_config: of transformers, or None.
+        plan: that a checkpoint saved by acttail carries, else None.
+        prefill: its prefill policy.
     """
 
     spec: DecoderSpec
     weights: WeightSource
     generation_config: Any
+    plan: SparsityPlan | None
+    prefill: str
     _source: ModelSource
 
     def tokenizer(self) -> Any:
@@ -101,7 +106,14 @@ def open_for_engine(model: str | os.PathLike[str], *, own_blocks: bool) -> Opene
         weights = SafetensorsWeights(near, near.path)
     else:
         weights = open_weights(source)
-    return OpenedModel(spec, weights, _generation_config(near), source)
+    carried = getattr(config, "quantization_config", None) or {}
+    carried = carried if isinstance(carried, dict) else vars(carried)
+    plan = None
+    if carried.get("quant_method") == "acttail":
+        plan = SparsityPlan.from_dict(carried["plan"])
+    return OpenedModel(
+        spec, weights, _generation_config(near), plan, carried.get("prefill", "all"), source
+    )
 
 
 def _generation_config(source: ModelSource) -> Any:
@@ -149,6 +161,7 @@ def convert_model(
     from acttail.engine.convert import Conversion, convert_to_folder
 
     opened = open_for_engine(model, own_blocks=dtype in ("int8", "int4"))
+    plan = plan or opened.plan
     if plan is not None:
         plan.check(opened.weights)
     conversion = Conversion(
