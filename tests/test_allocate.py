@@ -66,7 +66,7 @@ def test_every_allocator_on_real_module_trees(name, family):
     plan = make_plan(build(family), 0.5, allocator=name)
     assert plan.solved_sparsity == pytest.approx(0.5, abs=1e-3)
     assert plan.allocator == name
-    uses_alpha = name not in ("uniform", "wina", "depth", "energy")
+    uses_alpha = name not in ("uniform", "wina", "depth", "energy", "larosa")
     assert all((p.alpha is not None) == uses_alpha for p in plan.projections.values())
 
 

@@ -112,7 +112,7 @@ def test_gradient_passes_through_kept_entries():
     assert x.grad.tolist() == [1.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "nonsense"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512vnni", "nonsense"])
 def test_every_instruction_set_agrees(isa):
     """A forced ISA is used or falls back to a lower one, and gives the same bits."""
     if not cpu.status().available:
@@ -133,7 +133,7 @@ print(cpu.status().isa)
     )  # fmt: skip
     if isa == "portable":
         assert done.stdout.strip() == "portable"
-    assert done.stdout.strip() in ("portable", "avx2", "avx512")
+    assert done.stdout.strip() in ("portable", "avx2", "avx512", "avx512vnni")
 
 
 def test_without_the_native_library_the_reference_runs():

@@ -157,14 +157,14 @@ class NativeDecoder:
         self, packed: Packed, plan: SparsityPlan | None, threads: int, kv_dtype: str,
         dense_kernel: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
-        self._lib = library()
+        self.lib = library()
         self.packed, self.plan, self.threads, self.kv_dtype = packed, plan, threads, kv_dtype
         self.dense_kernel = dense_kernel
         # Sequences share the workers' scratch: one pass at a time, whatever thread it comes from.
         self.lock = threading.RLock()
         self._held: list[Any] = []
         model = self._model()
-        self.handle = self._lib.acttail_engine_new(ctypes.byref(model), threads)
+        self.handle = self.lib.acttail_engine_new(ctypes.byref(model), threads)
         if not self.handle:
             raise ActTailError(
                 "the native engine refused the model: bad sizes or not enough memory"
@@ -172,7 +172,7 @@ class NativeDecoder:
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
-            self._lib.acttail_engine_free(self.handle)
+            self.lib.acttail_engine_free(self.handle)
             self.handle = None
 
     def _float(self, values: torch.Tensor) -> int:
@@ -191,12 +191,18 @@ class NativeDecoder:
         entry = self.plan.projections.get(s.name)
         if entry is None:
             raise PlanError(f"the plan has no projection {s.name}: it was made for another model")
+        d_in = self.packed.layout.shapes[self._matrix_of(s)].rows
+        if (entry.d_in, entry.d_out) != (d_in, s.d_out):
+            raise PlanError(
+                f"the plan's {s.name} maps {entry.d_in} to {entry.d_out} features, this model's {d_in} "
+                f"to {s.d_out}: it was made for another model"
+            )
         out.dense_kernel = int(s.name in self.dense_kernel)
         match self.plan.rule:
             case "topk" | "wina":
                 out.rule, out.k = _RULES["topk"], entry.k
                 if self.plan.rule == "wina" and entry.k < entry.d_in:
-                    out.score_scale = self._float(self._column_norms(s))
+                    out.score_scale = self._float(self.column_norms(s))
             case "threshold":
                 if entry.threshold is not None:
                     out.rule, out.threshold = _RULES["threshold"], entry.threshold
@@ -204,9 +210,12 @@ class NativeDecoder:
                 raise PlanError(f"the native engine does not run the rule {other}")
         return out
 
-    def _column_norms(self, s: Segment) -> torch.Tensor:
+    def _matrix_of(self, s: Segment) -> str:
+        return next(n for n, found in self.packed.layout.segments.items() if s in found)
+
+    def column_norms(self, s: Segment) -> torch.Tensor:
         """[d_in] norms of the weight's columns, as WINA scores with."""
-        name = next(n for n, found in self.packed.layout.segments.items() if s in found)
+        name = self._matrix_of(s)
         shape = self.packed.layout.shapes[name]
         columns = self.rows(name, 0, shape.rows, s.begin, s.begin + s.d_out, torch.float32)
         norms: torch.Tensor = torch.linalg.vector_norm(columns, dim=1)
@@ -221,7 +230,7 @@ class NativeDecoder:
         struct = matrix_struct(self.packed.matrix(name), shape)
         if out is None:
             out = torch.empty(last - first, end - begin, dtype=dtype)
-        code = self._lib.acttail_decode_rows(
+        code = self.lib.acttail_decode_rows(
             ctypes.byref(struct), first, last, begin, end, int(dtype == torch.float32), out.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -293,7 +302,7 @@ class NativeDecoder:
             ActTailError: the cache is full or a token id is out of range.
         """
         read = ctypes.c_double()
-        code = self._lib.acttail_engine_forward(
+        code = self.lib.acttail_engine_forward(
             self.handle, cache, tokens.data_ptr(), tokens.numel(), int(every),
             logits.data_ptr() if logits is not None else None, ctypes.byref(read),
         )  # fmt: skip

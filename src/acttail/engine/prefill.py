@@ -5,13 +5,15 @@ one matrix at a time into a scratch buffer, and that the plan's selection is app
 prefill policy makes sparse.
 """
 
+import ctypes
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from acttail.engine.native import NativeDecoder, offsets
+from acttail.engine.layout import unpack
+from acttail.engine.native import NativeDecoder, matrix_struct, offsets
 from acttail.engine.spec import BlockSpec, DecoderSpec
 from acttail.engine.store import Segment
 from acttail.ops import topk_mask
@@ -43,9 +45,7 @@ class Prefill:
         self._scratch = torch.empty(0, dtype=self.dtype)
         if packed.layout.dtype in ("int8", "int4"):
             self._scratch = torch.empty(max(s.rows * s.columns for s in fused), dtype=self.dtype)
-        self._norms = {
-            name: t.to(self.dtype) for name, t in self._tensors.items() if t.dtype == torch.float32
-        }
+        self._scores: dict[str, torch.Tensor] = {}
 
     def _weights(self, name: str) -> torch.Tensor:
         """[d_in, columns] in the compute dtype; valid until the next call."""
@@ -94,10 +94,6 @@ class Prefill:
         Args:
             hidden: [n, hidden], as returned by a call.
         """
-        import ctypes
-
-        from acttail.engine.native import matrix_struct
-
         packed = self.decoder.packed
         name = "head" if "head" in packed.layout.shapes else "embedding"
         shape = packed.layout.shapes[name]
@@ -112,7 +108,7 @@ class Prefill:
             out = torch.empty(len(hidden), spec.vocabulary)
             x = F.pad(hidden.float(), (0, shape.columns - spec.hidden)).contiguous()
             for row, to in zip(x, out, strict=True):
-                self.decoder._lib.acttail_dot_rows(
+                self.decoder.lib.acttail_dot_rows(
                     ctypes.byref(struct), row.data_ptr(), to.data_ptr()
                 )
         if spec.logit_softcap:
@@ -120,14 +116,9 @@ class Prefill:
         return out
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        shape = self.decoder.packed.layout.shapes["embedding"]
-        raw = self._tensors["embedding.weight"].index_select(0, tokens)
-        from acttail.engine.layout import unpack
-
-        picked = {"weight": raw}
-        for suffix in ("scale", "minimum"):
-            if f"embedding.{suffix}" in self._tensors:
-                picked[suffix] = self._tensors[f"embedding.{suffix}"].index_select(0, tokens)
+        packed = self.decoder.packed
+        shape = packed.layout.shapes["embedding"]
+        picked = {k: t.index_select(0, tokens) for k, t in packed.matrix("embedding").items()}
         x = unpack(picked, shape)[:, : self.spec.hidden].to(self.dtype)
         scale = torch.tensor(self.spec.embedding_scale, dtype=self.dtype)
         return x * scale if self.spec.embedding_scale != 1.0 else x
@@ -136,8 +127,6 @@ class Prefill:
         weight = self._tensors.get(name)
         if weight is None:
             return x
-        if x.dtype != torch.float32 and name not in self._norms:
-            self._norms[name] = weight.to(x.dtype)
         return F.rms_norm(x.float(), (x.shape[-1],), weight, self.spec.norm_eps).to(x.dtype)
 
     @staticmethod
@@ -183,10 +172,9 @@ class Prefill:
         return kept if rows is True else torch.where(rows[:, None], kept, x)  # type: ignore[index]
 
     def _column_norms(self, s: Segment) -> torch.Tensor:
-        key = f"{s.name}:column_norms"
-        if key not in self._norms:
-            self._norms[key] = self.decoder._column_norms(s)
-        return self._norms[key]
+        if s.name not in self._scores:
+            self._scores[s.name] = self.decoder.column_norms(s)
+        return self._scores[s.name]
 
     def _attention(
         self, index: int, block: BlockSpec, h: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
@@ -204,7 +192,7 @@ class Prefill:
 
         q, k, v = heads("q", spec.heads), heads("k", spec.kv_heads), heads("v", spec.kv_heads)
         keys, values = k.float().contiguous(), v.float().contiguous()
-        lib: Any = self.decoder._lib
+        lib: Any = self.decoder.lib
         code = lib.acttail_cache_write(cache, index, past, n, keys.data_ptr(), values.data_ptr())
         if code:
             raise RuntimeError(f"native cache_write: status {code}")

@@ -47,7 +47,7 @@ class NativeSequence:
     ) -> None:
         self._decoder, self._prefill, self._policy = decoder, prefill, policy
         self.capacity = capacity
-        self._lib = decoder._lib
+        self._lib = decoder.lib
         self._cache: Any = self._lib.acttail_cache_new(decoder.handle, capacity)
         if not self._cache:
             raise ActTailError(f"not enough memory for a KV cache of {capacity} tokens")
