@@ -70,15 +70,9 @@ def _print(row: dict[str, Any]) -> None:
 
     title = f"{row['model']}, {row['dtype']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
     table = Table(title=title)
-    for column in (
-        "",
-        "decode, tokens/s",
-        "sparse is",
-        "prefill, tokens/s",
-        "read per token",
-        "of memory's speed",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
+    # Six columns that fit a terminal of 80.
+    for column in ("", "decode", "sparse is", "prefill", "MB read", "of memory"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for name, speed in row["tokens_per_second"].items():
         ratio = row["ratios"].get(name)
         traffic = row["bytes_per_token"].get(name)
@@ -86,12 +80,13 @@ def _print(row: dict[str, Any]) -> None:
             name if name != "sparse" else f"sparse ({row['sparsity']:g})", f"{speed:,.1f}",
             f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "",
             f"{row['prefill_tokens_per_second'][name]:,.0f}",
-            f"{traffic / 1e6:,.1f} MB" if traffic else "",
+            f"{traffic / 1e6:,.1f}" if traffic else "",
             f"{100 * row['bandwidth_share'][name]:.0f} %" if traffic else "",
         )  # fmt: skip
     out.print(table)
     out.print(
-        f"[dim]{row['rounds']} rounds by turns, {row['prompt_tokens']} + {row['new_tokens']} tokens; "
+        f"[dim]{row['rounds']} rounds by turns, {row['prompt_tokens']} + {row['new_tokens']} tokens; decode and prefill in "
+        "tokens/s, what a token reads, and that as a share of the memory's speed; "
         f"memory reads {row['bandwidth'] / 1e9:.1f} GB/s with {row['threads']} thread(s); engine {row['engine']}"
         + (
             f"; dense kernel for {len(row['dense_kernel'])} projections"
