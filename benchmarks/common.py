@@ -2,7 +2,6 @@
 
 import csv
 import os
-import platform
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,16 @@ WIKITEXT_TEST = SHARED / "data" / "wikitext-2" / "wiki.test.raw"
 WIKITEXT_VALIDATION = SHARED / "data" / "wikitext-2" / "wiki.valid.txt"
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def protocol() -> dict[str, Any]:
     """On what a row was measured."""
     import transformers
 
     import acttail
+    from acttail.machine import processor_name
 
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "cpu": cpu_name(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "acttail": acttail.__version__,
         "torch": torch.__version__,

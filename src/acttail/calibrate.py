@@ -68,6 +68,19 @@ class Calibration:
             raise TextError(f"the calibration text {self.text.name} has fewer than 2 tokens")
         return windows(ids, window, self.tokens, None, bos, self.text.name)
 
+    def forward(self, batches: torch.Tensor) -> None:
+        """Run the model over the text, for what hooks and probes see of it.
+
+        Args:
+            batches: of :meth:`batches`.
+        """
+        batches = batches.to(next(self.model.parameters()).device)
+        with torch.inference_mode():
+            for index, ids in enumerate(batches):
+                self.model(input_ids=ids[None], use_cache=False)
+                if self.progress is not None:
+                    self.progress(index + 1, len(batches))
+
     def key(self, *parts: object) -> str:
         """Hash that names a result computed from this model, text and `parts`."""
         weights = LoadedWeights(self.model)

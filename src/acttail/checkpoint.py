@@ -341,18 +341,28 @@ class GgufWeights:
         processed = self._processor.process(weights=values, name=source).weights
         return torch.from_numpy(np.array(processed, dtype=np.float32))
 
-    def stored(self, projection: Projection) -> StoredBlocks | None:
-        """The file's own quantised blocks of a matrix, None if they are of another kind.
+    def stored_kind(self, projection: Projection) -> str | None:
+        """Q8_0, Q4_0 or Q4_1 if the file keeps the matrix so, None if in any other form.
 
-        Q8_0, Q4_0 and Q4_1 only: 32 inputs share a scale, as in the engine's groups of 32.
+        In these 32 inputs share a scale, as in the engine's groups of 32.
         """
         names = self._sources.get(projection.parameter_name, [])
         if len(names) != 1 or projection.expert is not None or projection.transposed:
             return None
+        kind = str(self._tensors[names[0]].tensor_type.name)
+        return kind if kind in _BLOCK_BYTES else None
+
+    def stored(self, projection: Projection) -> StoredBlocks:
+        """The file's own quantised blocks of a matrix that :meth:`stored_kind` names.
+
+        Raises:
+            ModelError: the file keeps it in another form.
+        """
+        kind = self.stored_kind(projection)
+        if kind is None:
+            raise ModelError(f"{self.name} has no blocks of 32 weights for {projection.name}")
+        names = self._sources[projection.parameter_name]
         tensor = self._tensors[names[0]]
-        kind = tensor.tensor_type.name
-        if kind not in _BLOCK_BYTES:
-            return None
         raw = torch.from_numpy(np.array(tensor.data)).reshape(
             projection.d_out, -1, _BLOCK_BYTES[kind]
         )

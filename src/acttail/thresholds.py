@@ -68,8 +68,7 @@ def _samples(
     signed: bool = False,
 ) -> dict[str, list[torch.Tensor]]:
     """Evenly spaced input entries of every projection, magnitudes unless signed."""
-    model = calibration.model
-    batches = calibration.batches().to(next(model.parameters()).device)
+    batches = calibration.batches()
     per_batch = max(1, _SAMPLES // len(batches))
     samples: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -79,11 +78,8 @@ def _samples(
         samples[name].append((values if signed else values.abs()).cpu())
         return select(name, x)
 
-    with torch.inference_mode(), probing(model, probe):
-        for index, ids in enumerate(batches):
-            model(input_ids=ids[None], use_cache=False)
-            if calibration.progress is not None:
-                calibration.progress(index + 1, len(batches))
+    with torch.inference_mode(), probing(calibration.model, probe):
+        calibration.forward(batches)
     return samples
 
 

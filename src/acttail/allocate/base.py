@@ -1,6 +1,6 @@
 """What an allocator is and what it may look at."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from acttail.analysis import Progress, alphas_or_mean, spectra
+from acttail.budget import HIGHEST, check_target, model_sparsity
 from acttail.calibrate import Calibration
 from acttail.checkpoint import WeightSource
-from acttail.errors import ActTailError, TextError
+from acttail.errors import ActTailError, BudgetError, TextError
 from acttail.projections import Projection
 from acttail.tail import ESTIMATORS, TailFit
 
@@ -123,6 +124,31 @@ class Allocator:
             if isinstance(merged[key], float) and not np.isfinite(merged[key]):
                 raise ActTailError(f"allocator {self.name}: {key} must be finite, got {value!r}")
         return merged
+
+
+def confined(
+    context: AllocationContext, sparsity: float, names: Collection[str], rule: str, why: str
+) -> Array:
+    """[P] one sparsity for the named projections, 0 for all others.
+
+    Args:
+        context: the model.
+        sparsity: model sparsity.
+        names: projections that may be sparse.
+        rule: the allocator's name, for the message.
+        why: what limits it, for the message.
+
+    Raises:
+        BudgetError: the target is beyond what these projections can give; names the largest.
+    """
+    target = check_target(sparsity)
+    mask = np.array([p.name in names for p in context.projections], dtype=np.float64)
+    reach = HIGHEST * model_sparsity(mask, context.costs)
+    if target > reach + 1e-9:
+        raise BudgetError(
+            f"{rule} reaches a model sparsity of {reach:.3f} at most, not {target}; {why}"
+        )
+    return mask * min(target * HIGHEST / reach, HIGHEST) if reach > 0 else mask
 
 
 def unit(values: Array) -> Array:

@@ -9,13 +9,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-from acttail.allocate.base import AllocationContext, Allocator, Array
-from acttail.budget import HIGHEST, check_target, model_sparsity
+from acttail.allocate.base import AllocationContext, Allocator, Array, confined
 from acttail.calibrate import Calibration
-from acttail.errors import BudgetError, ModelError
+from acttail.errors import ModelError
 from acttail.projections import find_projections, gated_mlps
 from acttail.sparsify import activation_of
 from acttail.thresholds import quantile
@@ -28,17 +26,10 @@ def allocate(context: AllocationContext, sparsity: float, arguments: Mapping[str
         ModelError: no MLP has gate, up and down projections of its own.
         BudgetError: the target is beyond what up and down can give; names the largest.
     """
-    target = check_target(sparsity)
     touched = {p.name for _, *pair in gated_mlps(context.projections) for p in pair}
     if not touched:
         raise ModelError("cats needs MLPs with gate, up and down projections; this model has none")
-    mask = np.array([p.name in touched for p in context.projections], dtype=np.float64)
-    reach = HIGHEST * model_sparsity(mask, context.costs)
-    if target > reach + 1e-9:
-        raise BudgetError(
-            f"cats reaches a model sparsity of {reach:.3f} at most, not {target}; it touches up and down only"
-        )
-    return mask * min(target * HIGHEST / reach, HIGHEST)
+    return confined(context, sparsity, touched, "cats", "it touches up and down only")
 
 
 def gate_thresholds(
@@ -54,7 +45,6 @@ def gate_thresholds(
         name -> {"threshold": t} for `up` and `down`; nothing for the others.
     """
     model = calibration.model
-    batches = calibration.batches().to(next(model.parameters()).device)
     samples: dict[str, list[torch.Tensor]] = defaultdict(list)
     handles = []
     mlps = gated_mlps(find_projections(model))
@@ -68,11 +58,7 @@ def gate_thresholds(
 
         handles.append(model.get_submodule(gate.module).register_forward_hook(see))
     try:
-        with torch.inference_mode():
-            for index, ids in enumerate(batches):
-                model(input_ids=ids[None], use_cache=False)
-                if calibration.progress is not None:
-                    calibration.progress(index + 1, len(batches))
+        calibration.forward(calibration.batches())
     finally:
         for handle in handles:
             handle.remove()

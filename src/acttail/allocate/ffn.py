@@ -7,11 +7,7 @@ projections. The FFN holds a part of the weights, so the model sparsity it can r
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from acttail.allocate.base import AllocationContext, Allocator, Array
-from acttail.budget import HIGHEST, check_target, model_sparsity
-from acttail.errors import BudgetError
+from acttail.allocate.base import AllocationContext, Allocator, Array, confined
 
 _FFN_KINDS = frozenset({"gate", "up", "gate_up", "down", "fc1", "fc2"})
 
@@ -22,14 +18,8 @@ def allocate(context: AllocationContext, sparsity: float, arguments: Mapping[str
     Raises:
         BudgetError: the target is beyond what the FFN can give; names the largest.
     """
-    target = check_target(sparsity)
-    ffn = np.array([p.kind in _FFN_KINDS for p in context.projections], dtype=np.float64)
-    reach = HIGHEST * model_sparsity(ffn, context.costs)
-    if target > reach + 1e-9:
-        raise BudgetError(
-            f"ffn-only reaches a model sparsity of {reach:.3f} at most, not {target}; attention stays dense"
-        )
-    return ffn * min(target * HIGHEST / reach, HIGHEST) if reach > 0 else ffn
+    names = {p.name for p in context.projections if p.kind in _FFN_KINDS}
+    return confined(context, sparsity, names, "ffn-only", "attention stays dense")
 
 
 FFN_ONLY = Allocator(

@@ -87,14 +87,10 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: it is not available; says why.
     """
-    return _library()
-
-
-def _library() -> ctypes.CDLL:
-    library, found = _load()
-    if library is None:
+    loaded, found = _load()
+    if loaded is None:
         raise RuntimeError(f"the native backend is not available: {found.reason}")
-    return library
+    return loaded
 
 
 def topk_mask(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -107,16 +103,16 @@ def topk_mask(x: torch.Tensor, k: int) -> torch.Tensor:
     Raises:
         RuntimeError: the library refused the arguments or ran out of memory.
     """
-    library = _library()
+    lib = library()
     x = x.contiguous()
     y = torch.empty_like(x)
     columns = x.shape[-1]
     rows = x.numel() // columns if columns else 0
     threads = torch.get_num_threads()
     if x.dtype == torch.float32:
-        code = library.acttail_topk_mask_f32(x.data_ptr(), y.data_ptr(), rows, columns, k, threads)
+        code = lib.acttail_topk_mask_f32(x.data_ptr(), y.data_ptr(), rows, columns, k, threads)
     else:
-        code = library.acttail_topk_mask_16(
+        code = lib.acttail_topk_mask_16(
             x.data_ptr(), y.data_ptr(), rows, columns, k, _INFINITY_16[x.dtype], threads
         )
     if rows:
@@ -146,13 +142,13 @@ def partial_energies(
     Raises:
         RuntimeError: the library refused the arguments or ran out of memory.
     """
-    library = _library()
+    lib = library()
     x = x.contiguous()
     held = [v.contiguous() for v in vectors]
     pointers = (ctypes.c_void_p * len(held))(*(v.data_ptr() for v in held))
     dropped = dropped.to(torch.int64).contiguous()
     sums = torch.zeros(len(held), dropped.numel(), dtype=torch.float64)
-    code = library.acttail_curves_f32(
+    code = lib.acttail_curves_f32(
         x.data_ptr(), pointers, len(held), x.shape[0], x.shape[1], dropped.data_ptr(),
         dropped.numel(), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -165,8 +161,8 @@ _BLOCK = 64
 _LINEAR_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 
 
-class _Matrix(ctypes.Structure):
-    """struct acttail_matrix without scales."""
+class Matrix(ctypes.Structure):
+    """struct acttail_matrix of native/engine.h."""
 
     _fields_ = (
         ("format", ctypes.c_int32), ("group", ctypes.c_int32), ("d_in", ctypes.c_int64),
@@ -216,13 +212,13 @@ def sparse_linear(x: torch.Tensor, weight: torch.Tensor, k: int) -> torch.Tensor
     Raises:
         RuntimeError: the library refused the arguments or ran out of memory.
     """
-    lib = _library()
+    lib = library()
     d_out, d_in = weight.shape
     columns = weight.stride(1)
     rows = x.numel() // d_in
     flat = x.reshape(rows, d_in).float().contiguous()
     y = torch.empty(rows, columns)
-    matrix = _Matrix(_LINEAR_FORMATS[weight.dtype], 0, d_in, columns, weight.data_ptr(), None, None)
+    matrix = Matrix(_LINEAR_FORMATS[weight.dtype], 0, d_in, columns, weight.data_ptr(), None, None)
     code = lib.acttail_sparse_linear(
         ctypes.byref(matrix), flat.data_ptr(), rows, k, y.data_ptr(), torch.get_num_threads()
     )

@@ -43,17 +43,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:  # noqa: PTH123
-            for line in info:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _report() -> dict[str, Any]:
     import importlib.util
 
@@ -62,6 +51,7 @@ def _report() -> dict[str, Any]:
     from acttail._version import __version__
     from acttail.backends import cpu
     from acttail.files import cache_dir
+    from acttail.machine import processor_name
 
     native = cpu.status()
     problems = []
@@ -83,7 +73,7 @@ def _report() -> dict[str, Any]:
         "acttail": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),

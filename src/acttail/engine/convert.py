@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,13 +17,15 @@ from acttail.engine.store import Layout, Packed, Segment, Sizes, allocate, write
 from acttail.errors import ActTailError, ModelError
 from acttail.evaluate.perplexity import Progress
 from acttail.plan import ProjectionPlan, SparsityPlan
-from acttail.projections import Projection
 
 # Which projections are put side by side: those that read one vector.
 FUSED = (
     ("qkv", ("q", "k", "v", "qkv")), ("o", ("o",)),
     ("gate_up", ("gate", "up", "gate_up")), ("down", ("down",)),
 )  # fmt: skip
+
+# Kinds of GGUF blocks that an engine dtype takes as they are.
+_STORED_KINDS = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1")}
 
 
 def _kept_first(entry: ProjectionPlan | None) -> float:
@@ -58,10 +62,9 @@ class Conversion:
                 segments[name] = self._segments(i, fused)
                 d_in = self.by_name[segments[name][0].name].d_in
                 shape = shape_for(dtype, d_in, segments[name][-1].end, group=group)
-                stored = self._stored(segments[name], dtype, group)
-                if stored:
-                    asymmetric = stored[0].minimum is not None
-                    shape = replace(shape, group=32, asymmetric=asymmetric)
+                kind = self._stored_kind(segments[name], dtype)
+                if kind is not None:
+                    shape = replace(shape, group=32, asymmetric=kind == "Q4_1")
                 shapes[name] = shape
         own_group = HEAD_GROUPS.get(head_dtype)
         table = shape_for(
@@ -85,25 +88,20 @@ class Conversion:
             begin = end
         return tuple(found)
 
-    def _stored(
-        self, segments: tuple[Segment, ...], dtype: str, group: int | None
-    ) -> list[StoredBlocks] | None:
-        """The GGUF's own blocks, if all members have them in this width."""
-        if dtype not in ("int8", "int4") or group not in (None, 32):
+    def _stored_kind(self, segments: tuple[Segment, ...], dtype: str) -> str | None:
+        """The kind of the GGUF's own blocks, if all members have the same, of this width."""
+        if self.group not in (None, 32) or not isinstance(self.weights, GgufWeights):
             return None
-        if not isinstance(self.weights, GgufWeights):
-            return None
-        found = [self.weights.stored(self.by_name[s.name]) for s in segments]
-        blocks = [b for b in found if b is not None and b.bits == (8 if dtype == "int8" else 4)]
-        same = len({b.minimum is None for b in blocks}) == 1
-        return blocks if len(blocks) == len(segments) and same else None
+        kinds = {self.weights.stored_kind(self.by_name[s.name]) for s in segments}
+        kind = kinds.pop() if len(kinds) == 1 else None
+        return kind if kind in _STORED_KINDS.get(dtype, ()) else None
 
     def sizes(self) -> Sizes:
         """Name -> (dtype, shape) of every tensor, in the order of :meth:`tensors`."""
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name, shape in self.layout.shapes.items():
             found |= {f"{name}.{suffix}": entry for suffix, entry in shape.tensors().items()}
-            if name in self.layout.segments and self._has_bias(name):
+            if name in self._biases:
                 found[f"{name}.bias"] = torch.float32, (shape.columns,)
         for name, width in self._norms():
             found[name] = torch.float32, (width,)
@@ -116,15 +114,17 @@ class Conversion:
                 yield f"blocks.{i}.{role}", self.spec.head_dim if per_head else self.spec.hidden
         yield "final_norm", self.spec.hidden
 
-    def _bias(self, projection: Projection) -> torch.Tensor | None:
-        try:
-            return self.weights.tensor(f"{projection.module}.bias")
-        except ModelError:
-            return None
-
-    def _has_bias(self, fused: str) -> bool:
-        segments = self.layout.segments[fused]
-        return any(self._bias(self.by_name[s.name]) is not None for s in segments)
+    @cached_property
+    def _biases(self) -> dict[str, torch.Tensor]:
+        """Fused matrix -> bias of all its columns; nothing for those without. Small, so read once."""
+        found: dict[str, torch.Tensor] = {}
+        for name, segments in self.layout.segments.items():
+            for s in segments:
+                with suppress(ModelError):  # most projections have none
+                    part = self.weights.tensor(f"{self.by_name[s.name].module}.bias")
+                    whole = found.setdefault(name, torch.zeros(self.layout.shapes[name].columns))
+                    whole[s.begin : s.begin + s.d_out] = part.float()
+        return found
 
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of everything, one matrix in memory at a time."""
@@ -137,13 +137,8 @@ class Conversion:
                 packed = pack(self.weights.tensor(source), shape)
             for suffix in shape.tensors():
                 yield f"{name}.{suffix}", packed[suffix]
-            if name in self.layout.segments and self._has_bias(name):
-                bias = torch.zeros(shape.columns)
-                for s in self.layout.segments[name]:
-                    part = self._bias(self.by_name[s.name])
-                    if part is not None:
-                        bias[s.begin : s.begin + s.d_out] = part.float()
-                yield f"{name}.bias", bias
+            if name in self._biases:
+                yield f"{name}.bias", self._biases[name]
             if progress is not None:
                 progress(done, total)
         names = {
@@ -158,12 +153,12 @@ class Conversion:
     def _fused(self, name: str, shape: Shape) -> dict[str, torch.Tensor]:
         """Members packed one after the other and put side by side."""
         segments = self.layout.segments[name]
-        stored = self._stored(segments, shape.dtype, self.group)
+        stored = self._stored_kind(segments, shape.dtype) is not None
         parts = []
-        for i, s in enumerate(segments):
+        for s in segments:
             own = replace(shape, columns=s.end - s.begin)
-            if stored:
-                parts.append(_from_stored(stored[i], own))
+            if stored and isinstance(self.weights, GgufWeights):
+                parts.append(_from_stored(self.weights.stored(self.by_name[s.name]), own))
             else:
                 parts.append(pack(self.weights.weight(self.by_name[s.name]), own))
         return {suffix: torch.cat([p[suffix] for p in parts], dim=1) for suffix in parts[0]}

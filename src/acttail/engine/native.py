@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from acttail.backends import cpu
+from acttail.backends.cpu import Matrix
 from acttail.engine.layout import FORMATS, Shape
 from acttail.engine.store import Packed, Segment
 from acttail.errors import ActTailError, PlanError
@@ -16,15 +17,6 @@ from acttail.plan import SparsityPlan
 KV_FORMATS = {"fp32": 0, "bf16": 1, "int8": 2}
 _RULES = {"dense": 0, "topk": 1, "threshold": 2}
 _pointer, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-
-
-class Matrix(ctypes.Structure):
-    """struct acttail_matrix."""
-
-    _fields_ = (
-        ("format", _i32), ("group", _i32), ("d_in", _i64), ("columns", _i64),
-        ("data", _pointer), ("scale", _pointer), ("minimum", _pointer),
-    )  # fmt: skip
 
 
 class SegmentStruct(ctypes.Structure):

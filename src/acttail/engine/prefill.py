@@ -16,8 +16,8 @@ from acttail.engine.layout import unpack
 from acttail.engine.native import NativeDecoder, matrix_struct, offsets
 from acttail.engine.spec import BlockSpec, DecoderSpec
 from acttail.engine.store import Segment
-from acttail.ops import topk_mask
 from acttail.plan import SparsityPlan
+from acttail.rules import Rule, ScaledTopK, Threshold, TopK
 
 _ACTIVATIONS = {
     0: F.silu,
@@ -45,7 +45,7 @@ class Prefill:
         self._scratch = torch.empty(0, dtype=self.dtype)
         if packed.layout.dtype in ("int8", "int4"):
             self._scratch = torch.empty(max(s.rows * s.columns for s in fused), dtype=self.dtype)
-        self._scores: dict[str, torch.Tensor] = {}
+        self._rules: dict[str, Rule | None] = {}
 
     def _weights(self, name: str) -> torch.Tensor:
         """[d_in, columns] in the compute dtype; valid until the next call."""
@@ -157,24 +157,24 @@ class Prefill:
     def _select(
         self, plan: SparsityPlan, s: Segment, x: torch.Tensor, rows: torch.Tensor | bool
     ) -> torch.Tensor:
-        entry = plan.projections[s.name]
-        if plan.rule == "threshold":
-            if entry.threshold is None:
-                return x
-            kept = x.masked_fill(x.abs() <= entry.threshold, 0)
-        elif entry.k >= entry.d_in:
+        rule = self._rule(plan, s)
+        if rule is None:
             return x
-        elif plan.rule == "wina":
-            scored = topk_mask(x.float() * self._column_norms(s), entry.k)
-            kept = x.masked_fill(scored == 0, 0)
-        else:
-            kept = topk_mask(x, entry.k)
+        kept = rule(x)
         return kept if rows is True else torch.where(rows[:, None], kept, x)  # type: ignore[index]
 
-    def _column_norms(self, s: Segment) -> torch.Tensor:
-        if s.name not in self._scores:
-            self._scores[s.name] = self.decoder.column_norms(s)
-        return self._scores[s.name]
+    def _rule(self, plan: SparsityPlan, s: Segment) -> Rule | None:
+        """The projection's selection rule; None if it keeps everything."""
+        if s.name not in self._rules:
+            entry = plan.projections[s.name]
+            rule: Rule | None = None
+            if plan.rule == "threshold":
+                rule = None if entry.threshold is None else Threshold(entry.threshold)
+            elif entry.k < entry.d_in:
+                wina = plan.rule == "wina"
+                rule = ScaledTopK(entry.k, self.decoder.column_norms(s)) if wina else TopK(entry.k)
+            self._rules[s.name] = rule
+        return self._rules[s.name]
 
     def _attention(
         self, index: int, block: BlockSpec, h: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],

@@ -8,7 +8,6 @@ import ctypes
 import hashlib
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -24,6 +23,7 @@ from acttail.engine.native import library, matrix_struct
 from acttail.engine.store import Layout, allocate
 from acttail.errors import ActTailError
 from acttail.files import cache_dir, write_json
+from acttail.machine import processor_name
 from acttail.plan import SparsityPlan
 
 VERSION = 1
@@ -55,16 +55,8 @@ class Crossover:
 def machine() -> str:
     """Hash of what the measurements depend on: processor, instruction set, cores."""
     status = cpu.status()
-    described = (platform.processor(), _cpu_model(), status.isa, os.cpu_count(), VERSION)
+    described = (processor_name(), status.isa, os.cpu_count(), VERSION)
     return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
-
-
-def _cpu_model() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _file() -> Path:
