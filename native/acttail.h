@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 // Raised by one whenever a signature below changes.
-#define ACTTAIL_ABI 3
+#define ACTTAIL_ABI 4
 
 enum acttail_status {
   ACTTAIL_OK = 0,

@@ -95,9 +95,6 @@ void acttail_engine::add_to_stream(Worker& w, const acttail_fused& fused, int st
                                    const acttail_norm& n) {
   collect(fused, stage, 0, model.hidden, w.out.data());
   norm(n, w.out.data(), model.hidden, w.out.data());
-  if (model.residual_scale != 1.0f) {
-    for (int64_t j = 0; j < model.hidden; ++j) w.out[static_cast<size_t>(j)] *= model.residual_scale;
-  }
   kernels.accumulate(w.stream.data(), w.out.data(), model.hidden);
 }
 
@@ -199,12 +196,6 @@ void acttail_engine::token(int t, acttail_cache& cache, int64_t token, int64_t p
   const int64_t first = model.vocabulary * t / pool.threads();
   const int64_t last = model.vocabulary * (t + 1) / pool.threads();
   kernels.dot_rows(acttail::as_matrix(model.head), w.normed.data(), first, last, logits);
-  if (model.head_bias != nullptr) {
-    kernels.accumulate(logits + first, model.head_bias + first, last - first);
-  }
-  if (model.logit_scale != 1.0f) {
-    for (int64_t j = first; j < last; ++j) logits[j] *= model.logit_scale;
-  }
   if (model.logit_softcap > 0) kernels.softcap(logits + first, last - first, model.logit_softcap);
   if (t == 0) w.read += static_cast<double>(model.vocabulary * model.hidden);
 }

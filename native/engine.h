@@ -77,11 +77,9 @@ struct acttail_model {
   const struct acttail_rope* rope;
   struct acttail_matrix embedding;  // output-major [vocabulary][hidden]
   struct acttail_matrix head;       // output-major [vocabulary][hidden]
-  const float* head_bias;           // [vocabulary] or null
   struct acttail_norm final_norm;
   int64_t blocks, ropes, hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
-  float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale, logit_scale;
-  float residual_scale;
+  float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale;
   int32_t layer_norm;  // 1: LayerNorm instead of RMSNorm
   int32_t activation;  // 0 silu, 1 tanh-gelu, 2 erf-gelu, 3 relu
   int32_t kv_format;   // 0 fp32, 1 bf16, 2 int8

@@ -117,7 +117,7 @@ struct Tiny {
     model.norm_eps = 1e-5f;
     model.attention_scale = 0.3f;
     model.attention_softcap = rule == ACTTAIL_THRESHOLD ? 20.0f : 0.0f;
-    model.embedding_scale = model.logit_scale = model.residual_scale = 1.0f;
+    model.embedding_scale = 1.0f;
     model.kv_format = kv_format;
   }
 };

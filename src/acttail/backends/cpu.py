@@ -16,7 +16,7 @@ import torch  # first, so that the library shares torch's OpenMP runtime
 
 from acttail import _native
 
-_ABI = 3
+_ABI = 4
 _INFINITY_16 = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 

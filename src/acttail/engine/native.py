@@ -66,11 +66,11 @@ class Model(ctypes.Structure):
 
     _fields_ = (
         ("block", ctypes.POINTER(Block)), ("rope", ctypes.POINTER(Rope)), ("embedding", Matrix),
-        ("head", Matrix), ("head_bias", _pointer), ("final_norm", Norm),
+        ("head", Matrix), ("final_norm", Norm),
         ("blocks", _i64), ("ropes", _i64), ("hidden", _i64), ("heads", _i64), ("kv_heads", _i64),
         ("head_dim", _i64), ("intermediate", _i64), ("vocabulary", _i64),
         ("norm_eps", _f32), ("attention_scale", _f32), ("attention_softcap", _f32),
-        ("logit_softcap", _f32), ("embedding_scale", _f32), ("logit_scale", _f32), ("residual_scale", _f32),
+        ("logit_softcap", _f32), ("embedding_scale", _f32),
         ("layer_norm", _i32), ("activation", _i32), ("kv_format", _i32),
     )  # fmt: skip
 
@@ -272,7 +272,7 @@ class NativeDecoder:
             kv_heads=spec.kv_heads, head_dim=spec.head_dim, intermediate=spec.intermediate,
             vocabulary=spec.vocabulary, norm_eps=spec.norm_eps, attention_scale=spec.attention_scale,
             attention_softcap=spec.attention_softcap, logit_softcap=spec.logit_softcap,
-            embedding_scale=float(factor), logit_scale=1.0, residual_scale=1.0, layer_norm=0,
+            embedding_scale=float(factor), layer_norm=0,
             activation=spec.activation, kv_format=KV_FORMATS[self.kv_dtype],
         )  # fmt: skip
 
