@@ -185,11 +185,11 @@ def table(which):
             r = latest.get((name, rule, s))
             if r is None or uniform is None:
                 continue
-            p = float(r["perplexity"])
-            excess = math.log(p / dense) / math.log(float(uniform["perplexity"]) / dense)
             if not r["perplexity"]:
                 lines.append(f"| {s} | `{name}` | {rule} | – | null: {r['note']} | | | | | |")
                 continue
+            p = float(r["perplexity"])
+            excess = math.log(p / dense) / math.log(float(uniform["perplexity"]) / dense)
             against = ""
             if best is not None and r is not best:
                 d, low, high = paired(r, best)

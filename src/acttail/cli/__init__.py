@@ -22,6 +22,7 @@ from acttail.cli import (
     evaluate,
     generate,
     plan,
+    serve,
     sweep,
     tune,
 )
@@ -47,6 +48,7 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
 app.command("tune")(tune.tune)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 
 

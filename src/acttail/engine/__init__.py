@@ -2,11 +2,12 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from acttail.engine.generation import Generation, Piece, stream
 from acttail.engine.sampling import Sampling
@@ -158,6 +159,14 @@ class Engine:
         """
         raise NotImplementedError
 
+    def read_share(self, sequence: Any) -> float:
+        """Share of the projections' weights that the last token decoded in a sequence read.
+
+        Args:
+            sequence: of this engine.
+        """
+        return 1.0 if self.plan is None else 1.0 - self.plan.realised_sparsity
+
     def encode(self, prompt: str, *, chat: bool = False) -> torch.Tensor:
         """Token ids [n] of a prompt.
 
@@ -168,20 +177,40 @@ class Engine:
         Raises:
             ActTailError: there is no tokenizer or no chat template, or the prompt is empty.
         """
-        if self.tokenizer is None:
-            raise ActTailError("this engine has no tokenizer: give token ids")
-        if not chat:
-            ids = self.tokenizer(prompt)["input_ids"]
-        else:
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise ActTailError("this model has no chat template")
-            messages = [{"role": "user", "content": prompt}]
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
+        if chat:
+            return self.encode_chat([{"role": "user", "content": prompt}])
+        ids = self._need_tokenizer()(prompt)["input_ids"]
         if not ids:
             raise ActTailError("the prompt is empty")
         return torch.tensor(ids, dtype=torch.int64)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:
+        """Token ids [n] of a conversation, ready for the assistant's answer.
+
+        Args:
+            messages: with ``role`` and ``content``, as the tokenizer's chat template takes them.
+
+        Raises:
+            ActTailError: there is no tokenizer or no chat template, or the template refuses the
+                messages.
+        """
+        tokenizer = self._need_tokenizer()
+        if not getattr(tokenizer, "chat_template", None):
+            raise ActTailError("this model has no chat template")
+        try:
+            ids = tokenizer.apply_chat_template(
+                [dict(m) for m in messages], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        except TemplateError as error:
+            raise ActTailError(f"the chat template refuses the messages: {error}") from error
+        if not ids:
+            raise ActTailError("the prompt is empty")
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ActTailError("this engine has no tokenizer: give token ids")
+        return self.tokenizer
 
     def stream(
         self, prompt: str | torch.Tensor, result: Generation | None = None, *, max_new_tokens: int = 128,
@@ -242,6 +271,7 @@ class NativeEngine(Engine):
         kv = kv_dtype or ("fp32" if packed.layout.dtype == "fp32" else "bf16")
         if kv not in KV_FORMATS:
             raise ActTailError(f"unknown KV cache dtype {kv!r}: use {', '.join(KV_FORMATS)}")
+        self._kv = kv
         self.policy = PrefillPolicy.parse(prefill)
         self.packed, self.plan, self.tokenizer, self._eos = packed, plan, tokenizer, eos
         self.dtype, self.context = packed.layout.dtype, packed.layout.spec.context
@@ -256,6 +286,29 @@ class NativeEngine(Engine):
         """See :meth:`Engine.new_sequence`."""
         size = min(self.context, 8192) if capacity is None else capacity
         return NativeSequence(self.decoder, self._prefill, self.policy, size)
+
+    def read_share(self, sequence: NativeSequence) -> float:
+        """See :meth:`Engine.read_share`; counted by the kernels."""
+        layout = self.packed.layout
+        head = layout.spec.vocabulary * layout.spec.hidden
+        held = sum(
+            layout.shapes[name].rows * sum(s.d_out for s in segments)
+            for name, segments in layout.segments.items()
+        )
+        return float(max(0, sequence.weights_read - head) / held)
+
+    def with_plan(self, plan: SparsityPlan | None) -> "NativeEngine":
+        """The same weights in memory under another plan; costs milliseconds.
+
+        Args:
+            plan: made for this model; None for dense.
+
+        Raises:
+            PlanError: the plan was made for another model.
+        """
+        return NativeEngine(
+            self.packed, plan, self.tokenizer, self.threads, self.policy, self._kv, self._eos
+        )
 
 
 class TransformersEngine(Engine):

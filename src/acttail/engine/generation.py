@@ -160,7 +160,7 @@ def stream(
     result.prompt_tokens = prompt.numel()
     started = time.perf_counter()
     logits = sequence.feed(prompt)
-    sampler.see(prompt, logits.numel())
+    sampler.see(prompt, logits.numel(), generated=False)
     result.prefill_seconds = time.perf_counter() - started
     started = time.perf_counter()
     for i in range(max_new_tokens):

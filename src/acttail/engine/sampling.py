@@ -21,6 +21,9 @@ class Sampling:
         min_p: drop tokens less likely than this share of the likeliest one.
         repetition_penalty: divides positive and multiplies negative logits of tokens already there
             (Keskar et al. 2019, arXiv 1909.05858); 1 for none.
+        presence_penalty: taken from the logits of tokens generated before (OpenAI's API).
+        frequency_penalty: taken once for every time the token was generated (OpenAI's API).
+        bias: (token id, number added to its logit) pairs.
         seed: of the draws; None draws differently each time.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
     """
@@ -30,6 +33,9 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
 
@@ -40,6 +46,8 @@ class Sampling:
             "top_p": 0 < self.top_p <= 1,
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": 0 < self.repetition_penalty <= 100,
+            "presence_penalty": -2 <= self.presence_penalty <= 2,
+            "frequency_penalty": -2 <= self.frequency_penalty <= 2,
         }
         for name, valid in limits.items():
             if not valid:
@@ -61,14 +69,21 @@ class Sampler:
         else:
             self._generator.seed()
         self._seen: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
 
-    def see(self, tokens: torch.Tensor, vocabulary: int) -> None:
-        """Note tokens that are in the sequence, for the repetition penalty.
+    def see(self, tokens: torch.Tensor, vocabulary: int, *, generated: bool = True) -> None:
+        """Note tokens that are in the sequence, for the penalties.
 
         Args:
             tokens: [n] int64.
             vocabulary: size of the logits.
+            generated: False for a prompt, which only the repetition penalty counts.
         """
+        if generated and (self.sampling.presence_penalty or self.sampling.frequency_penalty):
+            if self._counts is None:
+                self._counts = torch.zeros(vocabulary)
+            self._counts.index_add_(0, tokens, torch.ones(len(tokens)))
         if self.sampling.repetition_penalty == 1.0:
             return
         if self._seen is None:
@@ -96,12 +111,30 @@ class Sampler:
         return int(index[drawn])
 
     def penalised(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits [vocabulary] with the repetition penalty on tokens already there."""
-        if self._seen is None:
-            return logits
-        penalty = self.sampling.repetition_penalty
-        changed = torch.where(logits > 0, logits / penalty, logits * penalty)
-        return torch.where(self._seen[: logits.numel()], changed, logits)
+        """The logits [vocabulary] with the biases and the penalties on tokens already there."""
+        s = self.sampling
+        if self._seen is not None:
+            changed = torch.where(
+                logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty
+            )
+            logits = torch.where(self._seen, changed, logits)
+        if self._counts is not None:
+            logits = (
+                logits
+                - s.frequency_penalty * self._counts
+                - s.presence_penalty * (self._counts > 0)
+            )
+        if s.bias:
+            if self._bias is None:
+                self._bias = torch.zeros(logits.numel())
+                for token, value in s.bias:
+                    if not 0 <= token < logits.numel():
+                        raise ActTailError(
+                            f"a bias names token {token}; ids are from 0 to {logits.numel() - 1}"
+                        )
+                    self._bias[token] += value
+            logits = logits + self._bias
+        return logits
 
     def candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities (not normalised) and ids of what may be drawn, likeliest first.

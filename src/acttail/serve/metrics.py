@@ -1,0 +1,82 @@
+"""What GET /metrics tells Prometheus."""
+
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from acttail.serve.wording import realised
+
+if TYPE_CHECKING:
+    from acttail.serve.scheduler import Job, Scheduler
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """Counters of one server.
+
+    Args:
+        engine: that it was started with.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.registry = CollectorRegistry()
+
+        def named(kind: Any, name: str, help_: str, *labels: str, **more: Any) -> Any:
+            return kind(f"acttail_{name}", help_, labels, registry=self.registry, **more)
+
+        self.requests = named(Counter, "requests", "Requests answered.", "path", "status")
+        self.prompt_tokens = named(Counter, "prompt_tokens", "Tokens of prompts.")
+        self.generated_tokens = named(Counter, "generated_tokens", "Tokens generated.")
+        self.first_token = named(
+            Histogram,
+            "first_token_seconds",
+            "From request to first token.",
+            buckets=_SECONDS,
+        )
+        self.next_token = named(
+            Histogram,
+            "token_seconds",
+            "Between two tokens of a request.",
+            buckets=_SECONDS,
+        )
+        self.speed = named(Gauge, "tokens_per_second", "Decoded by the request that ended last.")
+        self.sparsity = named(
+            Gauge,
+            "realised_sparsity",
+            "Share of the projections' inputs dropped, last request.",
+        )
+        self.read = named(
+            Gauge,
+            "weights_read_ratio",
+            "Share of the projections' weights read per token, last request.",
+        )
+        self.waiting = named(Gauge, "queue_length", "Requests waiting for a slot.")
+        self.running = named(Gauge, "running", "Requests being decoded.")
+        planned = named(Gauge, "plan_sparsity", "Sparsity of the plan the server was started with.")
+        planned.set(engine.plan.sparsity if engine.plan else 0.0)
+
+    def watch(self, scheduler: "Scheduler") -> None:
+        """Read the queue when asked for."""
+        self.waiting.set_function(lambda: scheduler.waiting)
+        self.running.set_function(lambda: scheduler.running)
+
+    def token(self, job: "Job", gap: float | None) -> None:
+        """Count a token; called from the scheduler's thread."""
+        self.generated_tokens.inc()
+        if gap is not None:
+            self.next_token.observe(gap)
+        elif job.first_token is not None:
+            self.prompt_tokens.inc(job.result.prompt_tokens)
+            self.first_token.observe(job.first_token - job.submitted)
+
+    def ended(self, job: "Job") -> None:
+        """Note how a request went."""
+        if len(job.result.tokens) > 1:
+            self.speed.set(job.result.tokens_per_second)
+            self.sparsity.set(realised(job.engine, job.read_share) or 0.0)
+            self.read.set(job.read_share)
+
+    def page(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)
