@@ -25,7 +25,8 @@ def main() -> None:
     run("plan", MODEL, "--sparsity", "0.5", "-o", str(OUT / "plan.json"))
     run(
         "compare", MODEL, "--sparsity", "0.4,0.5,0.6", "--allocator", "uniform,acttail,depth",
-        "--text", "python-docs:score", "--tokens", "8192", "--report", str(OUT / "compare.html"),
+        "--text", "python-docs:score", "--tokens", "8192", "--metrics", "perplexity,kl,top1",
+        "-o", str(OUT / "compare.json"),
     )  # fmt: skip
     run(
         "generate", MODEL, "--plan", str(OUT / "plan.json"), "--chat", "--max-new-tokens", "48",
@@ -34,10 +35,22 @@ def main() -> None:
     # transformers, native dense and native sparse: same prompt, same machine, by turns.
     run(
         "bench", MODEL, "--plan", str(OUT / "plan.json"), "--against", "hf", "--rounds", "3",
-        "--new-tokens", "48",
+        "--new-tokens", "48", "-o", str(OUT / "bench.json"),
     )  # fmt: skip
-    page = (OUT / "compare.html").resolve()
-    print(f"\nDone in {time.monotonic() - started:.0f} s. Open the result in a browser:\n  {page}")
+    page = OUT / "report.html"
+    run(
+        "report", MODEL, "--plan", str(OUT / "plan.json"), "--results", str(OUT / "compare.json"),
+        "--results", str(OUT / "bench.json"), "-o", str(page),
+    )  # fmt: skip
+    print(
+        f"\nDone in {time.monotonic() - started:.0f} s. Open the report in a browser:\n  {page.resolve()}"
+    )
+    # The environment of `make` is not the caller's: name its program.
+    program = Path(sys.executable).parent / "acttail"
+    shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
+    print(
+        f"Chat with the sparse model in a browser:\n  {shown} serve {MODEL} --plan {OUT / 'plan.json'}"
+    )
 
 
 if __name__ == "__main__":

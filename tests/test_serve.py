@@ -15,6 +15,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from browser import needs_browser, page_of
 from families import config
 from transformers import AutoModelForCausalLM
 
@@ -461,3 +462,44 @@ def test_openapi_describes_the_routes(url):
         described["paths"]
     )
     json.dumps(described)
+
+
+@needs_browser
+def test_chat_page_in_a_browser(url, engine):
+    with page_of(url, width=390, scheme="dark") as (page, said):
+        page.locator("#about", has_text="native engine").wait_for()
+        assert page.locator("#sparsity").is_enabled()
+        page.locator("#sparsity").fill("0.7")
+        assert page.locator("#sparsity-value").inner_text() == "0.70"
+        page.locator("#temperature").fill("0")
+        page.locator("#prompt").fill("The fox")
+        page.keyboard.press("Enter")
+        page.locator("li.assistant small", has_text="tokens/s, sparsity 0.70").wait_for()
+        expected = engine.with_plan(replan(engine.plan, 0.7)).generate(
+            "The fox", chat=True, max_new_tokens=200
+        )
+        shown = page.locator("li.assistant span").inner_text()
+        assert shown.replace("\n", "").strip()[:40] == expected.text.replace("\n", "").strip()[:40]
+        # A second turn sends the first along; escape stops it.
+        page.locator("#prompt").fill("And then?")
+        page.keyboard.press("Enter")
+        page.keyboard.press("Escape")
+        page.locator("#send:enabled").wait_for()
+        assert page.locator("li.user").count() == 2
+        page.locator("#clear").click()
+        assert page.locator("#log li").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert said == []
+
+
+@needs_browser
+def test_chat_page_asks_for_the_key_and_shows_errors(engine):
+    with serving(engine, api_keys=("secret",)) as url, page_of(url) as (page, _):
+        page.locator("#about", has_text="native engine").wait_for()
+        page.locator("#prompt").fill("The fox")
+        page.locator("#send").click()
+        page.locator("li.error", has_text="API key").wait_for()
+        assert page.locator("#prompt").input_value() == "The fox", "what was written is not lost"
+        page.locator("#key").fill("secret")
+        page.locator("#send").click()
+        page.locator("li.assistant small").wait_for()

@@ -22,6 +22,7 @@ from acttail.cli import (
     evaluate,
     generate,
     plan,
+    report,
     serve,
     sweep,
     tune,
@@ -48,6 +49,7 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
 app.command("tune")(tune.tune)
+app.command("report")(report.report)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 

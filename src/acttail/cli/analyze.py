@@ -64,6 +64,10 @@ def _print_table(name: str, estimator: str, records: list[dict[str, Any]]) -> No
             str(sum(r["flag"] is not None for r in group)),
         )
     out.print(table)
+    from acttail.report.heatmap import grid, terminal
+
+    cells = [(r["kind"], r["block"], r["alpha"]) for r in records]
+    out.print(terminal(grid(cells), title="alpha"))
     flags = sorted({r["flag"].split(":")[0] for r in records if r["flag"]})
     if flags:
         out.print(f"flags: {', '.join(flags)} (per projection with --json)")

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from acttail.cli.common import Json, Model, err, names, out, print_json, work
+from acttail.cli.common import Json, Model, ResultFile, err, names, out, print_json, work
 from acttail.cli.convert import EngineDtype
 from acttail.errors import ActTailError
 
@@ -33,6 +33,7 @@ def bench(
     gguf: Annotated[
         str | None, typer.Option(help="llama.cpp's file; by default made from MODEL's own GGUF.")
     ] = None,
+    output: ResultFile = None,
     plot: Annotated[str | None, typer.Option(help="Draw the result here (.svg or .png).")] = None,
     json: Json = False,
 ) -> None:
@@ -54,6 +55,10 @@ def bench(
             model, plan=plan, sparsity=sparsity, dtype=dtype, threads=threads, prompt_tokens=prompts,
             new_tokens=new_tokens, rounds=rounds, against=others, gguf=gguf, progress=progress,
         )  # fmt: skip
+    if output:
+        from acttail.files import finite, write_json
+
+        write_json(output, finite(row))
     if plot is not None:
         from acttail.report.speed import draw
 

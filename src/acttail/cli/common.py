@@ -36,6 +36,7 @@ Stride = Annotated[
 Prefill = Annotated[
     str | None, typer.Option(help="all, first_dense=N, last_fraction=F, or decode_only.")
 ]
+ResultFile = Annotated[str | None, typer.Option("-o", "--output", help="Also write the JSON here.")]
 TextName = Annotated[
     str,
     typer.Option("--text", help="File, folder, python-docs:score, or hf:DATASET[/CONFIG][:SPLIT]."),

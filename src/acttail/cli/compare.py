@@ -12,6 +12,7 @@ from acttail.cli.common import (
     Metrics,
     Model,
     Prefill,
+    ResultFile,
     Set,
     Stride,
     TextName,
@@ -46,6 +47,7 @@ def compare(
     dtype: Dtype = "bfloat16",
     prefill: Prefill = None,
     metrics: Metrics = "perplexity",
+    output: ResultFile = None,
     report: Annotated[
         str | None, typer.Option(help="Also write a self-contained HTML page.")
     ] = None,
@@ -56,7 +58,7 @@ def compare(
     from acttail.allocate import get
     from acttail.budget import check_target
     from acttail.evaluate.compare import compare as run
-    from acttail.files import finite, write_text
+    from acttail.files import finite, write_json, write_text
     from acttail.prefill import PrefillPolicy
     from acttail.text import read_text
 
@@ -89,10 +91,12 @@ def compare(
             tokens=tokens, stride=stride, prefill=prefill or "all", calibration=calibration,
             metrics=names(metrics), progress=progress,
         )  # fmt: skip
+    if output:
+        write_json(output, finite(rows))
     if report:
-        from acttail.report import comparison_page
+        from acttail.report import Report, render
 
-        write_text(report, comparison_page(finite(rows)))
+        write_text(report, render(Report(rows[0]["model"], rows=finite(rows))))
     if json:
         print_json(rows)
         return

@@ -233,6 +233,10 @@ def _print_plan(made: Any) -> None:
             f"{max(values):.3f}",
         )
     out.print(table)
+    from acttail.report.heatmap import grid, terminal
+
+    cells = [(e.kind, e.block, e.realised_sparsity) for e in made.projections.values()]
+    out.print(terminal(grid(cells), title="sparsity"))
     arguments = ", ".join(f"{key}={value}" for key, value in made.arguments.items()) or "none"
     out.print(f"arguments: {arguments}")
     out.print(f"realised after rounding to whole entries: {made.realised_sparsity:.4f}")

@@ -46,6 +46,9 @@ def sweep(
     metrics: Metrics = "perplexity,kl,top1",
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     ray: Annotated[str | None, typer.Option(help="Run on Ray: auto, local, or an address.")] = None,
+    report: Annotated[
+        str | None, typer.Option(help="Also write a self-contained HTML page.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Evaluate every combination; finished cells are kept, so a stopped sweep goes on."""
@@ -76,6 +79,11 @@ def sweep(
             spec, cells(targets, names(allocator), names(rule)), output, jobs=jobs, ray_address=ray,
             progress=progress,
         )  # fmt: skip
+    if report:
+        from acttail.files import finite, write_text
+        from acttail.report import Report, render
+
+        write_text(report, render(Report(rows[0]["model"], rows=finite(rows))))
     if json:
         print_json(rows)
         return

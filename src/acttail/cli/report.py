@@ -1,0 +1,36 @@
+"""`acttail report`: one HTML page about a model's sparsity."""
+
+from typing import Annotated
+
+import typer
+
+from acttail.cli.common import Model, out, work
+
+
+def report(
+    model: Model,
+    output: Annotated[str, typer.Option("-o", "--output", help="HTML file to write.")],
+    plan: Annotated[
+        list[str] | None, typer.Option(help="Plan file to show; may be repeated.")
+    ] = None,
+    results: Annotated[
+        list[str] | None,
+        typer.Option(help="JSON of compare, eval or bench, or a sweep's table; may be repeated."),
+    ] = None,
+    curves: Annotated[str | None, typer.Option(help="File of sensitivity curves.")] = None,
+    estimator: Annotated[str, typer.Option(help="hill, ks, peak or farms.")] = "ks",
+    spectra: Annotated[bool, typer.Option(help="Analyse the weights' spectra.")] = True,
+) -> None:
+    """Write one self-contained HTML page: plans, alpha, spectra, results, speed, protocol."""
+    from acttail.files import write_text
+    from acttail.report import render
+    from acttail.report.gather import report_of
+
+    with work("spectra") as progress:
+        found = report_of(
+            model, plans=plan or (), results=results or (), curves=curves, estimator=estimator,
+            with_spectra=spectra, progress=progress,
+        )  # fmt: skip
+    page = render(found)
+    write_text(output, page)
+    out.print(f"report written to {output} ({len(page.encode()) / 1024:,.0f} KiB)")
