@@ -20,7 +20,9 @@ from acttail.cli import (
     critical,
     doctor,
     evaluate,
+    export,
     generate,
+    lm_eval,
     plan,
     report,
     serve,
@@ -49,6 +51,13 @@ app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
 app.command("tune")(tune.tune)
+app.command("export")(export.export)
+app.command("save")(export.save)
+app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(lm_eval.lm_eval)
 app.command("report")(report.report)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
