@@ -60,13 +60,15 @@ def test_a_stopped_sweep_goes_on(spec, tmp_path, monkeypatch):
         if len(ran) == 4:
             raise KeyboardInterrupt
         ran.append(cell)
-        return real(spec, cell, threads)
+        return real(spec, cell, threads=threads)
 
     monkeypatch.setattr(module, "run_cell", failing)
     with pytest.raises(KeyboardInterrupt):
         sweep(spec, WANTED, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
-    monkeypatch.setattr(module, "run_cell", lambda s, c, t=None: ran.append(c) or real(s, c, t))
+    monkeypatch.setattr(
+        module, "run_cell", lambda s, c, threads=None: ran.append(c) or real(s, c, threads=threads)
+    )
     rows = sweep(spec, WANTED, tmp_path / "out.csv")
     assert len(ran) == 13
     same(whole, rows)

@@ -57,7 +57,14 @@ def _digest(weight: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _spectrum(weight: torch.Tensor, form: str, folder: Path | None) -> torch.Tensor:
+def spectrum_of(weight: torch.Tensor, form: str, folder: Path | None) -> torch.Tensor:
+    """The spectrum of one weight, from the cache where its content is known.
+
+    Args:
+        weight: [d_out, d_in].
+        form: ``plain`` or ``farms``.
+        folder: of the cache; None for none.
+    """
     path = None
     if folder is not None:
         path = folder / f"{form}-{_digest(weight)}.safetensors"
@@ -85,6 +92,16 @@ def _one_thread_each(workers: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def spectra_folder() -> Path | None:
+    """Where spectra are kept by content; None where nothing can be written."""
+    folder = cache_dir() / "spectra"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None  # a read-only home is no reason to fail
+    return folder
+
+
 def spectra(
     weights: WeightSource,
     *,
@@ -109,17 +126,12 @@ def spectra(
         SpectrumError: a weight has NaN or infinite entries; names the projection.
     """
     wanted = [p for p in weights.projections if only is None or p.name in only]
-    folder: Path | None = cache_dir() / "spectra" if cache else None
-    if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            folder = None  # a read-only home is no reason to fail
+    folder = spectra_folder() if cache else None
     form = "farms" if farms else "plain"
 
     def work(projection: Projection) -> torch.Tensor:
         try:
-            return _spectrum(weights.weight(projection), form, folder)
+            return spectrum_of(weights.weight(projection), form, folder)
         except SpectrumError as error:
             raise SpectrumError(f"{projection.name}: {error}") from error
 
@@ -145,6 +157,8 @@ def analyze(
     *,
     estimator: str = "hill",
     cache: bool = True,
+    jobs: int = 1,
+    ray_address: str | None = None,
     progress: Progress | None = None,
 ) -> list[ProjectionFit]:
     """Fit the heavy tail of every projection's spectrum.
@@ -156,6 +170,9 @@ def analyze(
         model: a loaded transformers model, an opened WeightSource, or what :func:`acttail.load` takes.
         estimator: ``hill``, ``ks``, ``peak`` or ``farms``; docs/theory.md says what each does.
         cache: keep spectra in the cache folder, by content.
+        jobs: processes; more than one, or a cluster, needs the name of a model.
+        ray_address: ``auto``, ``local`` or an address: runs on a Ray cluster, whose machines must find
+            the model under the same name.
         progress: called with (done, total).
 
     Returns:
@@ -170,7 +187,17 @@ def analyze(
     if estimator not in ESTIMATORS:
         raise ActTailError(f"unknown estimator {estimator!r}: use {', '.join(ESTIMATORS)}")
     weights = as_weights(model)
-    found = spectra(weights, farms=estimator == "farms", cache=cache, progress=progress)
+    farms = estimator == "farms"
+    if jobs > 1 or ray_address is not None:
+        from acttail.spectra_jobs import shared_spectra
+
+        if not isinstance(model, str | os.PathLike):
+            raise ActTailError("several processes read the weights themselves: give a model's name")
+        found = shared_spectra(
+            model, weights, farms=farms, jobs=jobs, ray_address=ray_address, cache=cache, progress=progress
+        )  # fmt: skip
+    else:
+        found = spectra(weights, farms=farms, cache=cache, progress=progress)
     fit = ESTIMATORS[estimator]
     return [ProjectionFit(p, fit(found[p.name])) for p in weights.projections]
 

@@ -15,6 +15,7 @@ import torch
 
 from acttail.checkpoint import LoadedWeights
 from acttail.errors import TextError
+from acttail.models import input_device
 from acttail.plan import build_plan, sketch
 from acttail.projections import decoder_blocks
 from acttail.sparsify import densify_, sparse_state, sparsify_
@@ -74,7 +75,7 @@ class Calibration:
         Args:
             batches: of :meth:`batches`.
         """
-        batches = batches.to(next(self.model.parameters()).device)
+        batches = batches.to(input_device(self.model))
         with torch.inference_mode():
             for index, ids in enumerate(batches):
                 self.model(input_ids=ids[None], use_cache=False)

@@ -8,6 +8,8 @@ import functools
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,8 +53,9 @@ class LoadedWeights:
         self.projections = find_projections(model)
 
     def weight(self, projection: Projection) -> torch.Tensor:
-        """The weight as a view of the parameter, [d_out, d_in]."""
-        return weight_of(self.model, projection)
+        """The weight as a view of the parameter, [d_out, d_in]; read if accelerate keeps it on disk."""
+        with _onloaded(self.model.get_submodule(projection.module)):
+            return weight_of(self.model, projection)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter by name.
@@ -61,7 +64,8 @@ class LoadedWeights:
             ModelError: there is none.
         """
         try:
-            return self.model.get_parameter(name).detach()
+            with _onloaded(self.model.get_submodule(name.rpartition(".")[0])):
+                return self.model.get_parameter(name).detach()
         except AttributeError as error:
             raise ModelError(f"{self.name} has no parameter {name}") from error
 
@@ -74,6 +78,19 @@ def meta_model(config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
+@contextmanager
+def _onloaded(module: nn.Module) -> Iterator[None]:
+    """Inside, the weights of a module that accelerate has offloaded are there."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or all(p.device.type != "meta" for p in module.parameters(recurse=False)):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
+
+
 class SafetensorsWeights:
     """Weights straight from a folder of safetensors shards."""
 
@@ -83,6 +100,7 @@ class SafetensorsWeights:
         self._model = meta_model(config)
         self.projections = find_projections(self._model)
         self._file_of = _shard_index(folder)
+        self.files = sorted(set(self._file_of.values()))
         self._parts = _checkpoint_parts(self._model, list(self._file_of))
 
     def weight(self, projection: Projection) -> torch.Tensor:
@@ -289,6 +307,7 @@ class GgufWeights:
         if source.path is None:
             raise ModelError(f"{source.name} is not a GGUF file")
         self.name = source.name
+        self.files = [source.path]
         reader = open_gguf(source.path)
         config = load_config(source)
         model = meta_model(config)

@@ -30,6 +30,7 @@ from acttail.checkpoint import LoadedWeights
 from acttail.errors import ActTailError, PlanError
 from acttail.evaluate.perplexity import divergence
 from acttail.files import cache_dir, replacing
+from acttail.models import input_device
 from acttail.ops import topk_mask
 from acttail.projections import find_projections
 
@@ -211,7 +212,7 @@ def measure(
     )
     first = partial.read(sums.sums, scale) if partial else 0
     step = {"output": _output_step, "fisher": _fisher_step, "kl": _kl_step}[loss]
-    device = next(model.parameters()).device
+    device = input_device(model)
     for index in range(first, len(batches)):
         generator = torch.Generator(device).manual_seed(calibration.seed * 1_000_003 + index)
         step(model, batches[index : index + 1].to(device), generator, sums, scale)

@@ -229,6 +229,8 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str | torch.device = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[str | int, str] | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal LM and its tokenizer, ready for evaluation.
 
@@ -240,6 +242,9 @@ def load(
         revision: Hub revision.
         trust_remote_code: run code that the model's repository ships; off unless you say so.
         device: where to put it.
+        device_map: spread it over devices, main memory and disk instead, as accelerate does (``auto``,
+            ``balanced``, or module -> device); calibration and evaluation run block by block on it.
+        max_memory: device -> what it may take, such as {"cpu": "8GiB"}; the rest goes to disk.
 
     Returns:
         (model, tokenizer), both of transformers; the model in eval mode, with its source noted in
@@ -253,23 +258,56 @@ def load(
         raise ModelError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     wanted: str | torch.dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     at = _converted(source) if source.kind == "gguf" else source
-    loaded, tokenizer = _from_pretrained(at, source, wanted, trust_remote_code)
+    spread: dict[str, Any] = {}
+    if device_map is not None or max_memory is not None:
+        spread = _spread(device_map or "auto", max_memory)
+    loaded, tokenizer = _from_pretrained(at, source, wanted, trust_remote_code, spread)
     loaded.acttail_source = source
+    if spread:
+        return loaded.eval(), tokenizer
     # The device is cast through Any: transformers annotates `to` for tensors only.
     placed: Any = loaded
     return placed.to(device).eval(), tokenizer
 
 
+def _spread(
+    device_map: str | dict[str, Any], max_memory: dict[str | int, str] | None
+) -> dict[str, Any]:
+    """Arguments of from_pretrained for a model on several devices or partly on disk.
+
+    Raises:
+        ModelError: accelerate is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("accelerate") is None:
+        raise ModelError("device maps need accelerate: pip install accelerate")
+    folder = cache_dir() / "offload"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"device_map": device_map, "max_memory": max_memory, "offload_folder": str(folder)}
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: its first weight that is not on disk."""
+    hook = getattr(model, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    if execution is not None:
+        return torch.device("cpu" if execution == "disk" else execution)
+    devices = (p.device for p in model.parameters())
+    return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+
+
 def _from_pretrained(
-    at: ModelSource, source: ModelSource, dtype: str | torch.dtype, trust_remote_code: bool
-) -> tuple[Any, Any]:
+    at: ModelSource, source: ModelSource, dtype: str | torch.dtype, trust_remote_code: bool,
+    spread: dict[str, Any] | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     import acttail.transformers  # noqa: F401 - registers the quantizer that sparse checkpoints name
 
     config = load_config(at, trust_remote_code=trust_remote_code)
     where, arguments = location(at)
-    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code, **(spread or {})}
     if at.kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
         dtype = torch.float32 if dtype == "auto" else dtype

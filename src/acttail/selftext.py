@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from acttail.errors import TextError
+from acttail.models import input_device
 from acttail.text import Text
 
 # Sequences sampled side by side: decoding is bound by reading the weights, so more rows cost little.
@@ -40,10 +41,10 @@ def sample_text(
     start = next((s for s in starts if isinstance(s, int)), None)
     if start is None:
         raise TextError("cannot sample a calibration text: the tokenizer has no BOS or EOS token")
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    generator = torch.Generator(input_device(model)).manual_seed(seed)
     # A few more than asked: decoding and encoding again may merge tokens.
     length = -(-tokens * 5 // (4 * _BATCH))
-    ids = torch.full((_BATCH, 1), start, device=next(model.parameters()).device)
+    ids = torch.full((_BATCH, 1), start, device=input_device(model))
     cache, step = None, ids
     with torch.inference_mode():
         for i in range(length):

@@ -30,6 +30,7 @@ from acttail.budget import HIGHEST, kept_entries
 from acttail.calibrate import BlockTape, Calibration, probing
 from acttail.errors import ActTailError
 from acttail.files import cache_dir, write_json
+from acttail.models import input_device
 from acttail.ops import topk_mask
 from acttail.projections import Projection, find_projections
 
@@ -119,7 +120,7 @@ def paths(calibration: Calibration, tokens: int) -> list[BlockPath]:
     by_block: dict[int, list[Projection]] = {}
     for p in find_projections(model):
         by_block.setdefault(p.block, []).append(p)
-    ids = calibration.batches()[:1, :tokens].to(next(model.parameters()).device)
+    ids = calibration.batches()[:1, :tokens].to(input_device(model))
     folder = cache_dir() / "greedy" / calibration.key("greedy", tokens, _STEP)
     ks: dict[str, int] = {}
 

@@ -5,7 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from acttail.cli.common import Json, Model, out, print_json, work
+from acttail.cli.common import Json, Model, err, out, print_json, work
+
+# Multiply-adds of all Gram matrices: a minute or so on two cores.
+_WORTH_SAYING = 1e12
 
 
 def analyze(
@@ -14,20 +17,36 @@ def analyze(
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="Write the JSON here.")
     ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes that share the work.", min=1)] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Run on Ray instead: auto, local, or an address.")
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say what it would cost on this machine.")
+    ] = False,
     json: Json = False,
     cache: Annotated[bool, typer.Option(help="Keep spectra in the cache folder.")] = True,
 ) -> None:
     """Fit the heavy tail of every projection's weight spectrum; needs no text.
 
-    The weights are read one matrix at a time, so a model larger than memory can be analysed.
+    The weights are read one matrix at a time, so a model larger than memory can be analysed. A stopped
+    analysis goes on where it was.
     """
     from acttail.analysis import analyze as run
     from acttail.analysis import as_weights
     from acttail.files import write_json
 
     weights = as_weights(model)
+    cost = _cost(weights.projections, workers=jobs, always=estimate)
+    if estimate:
+        if json:
+            print_json(cost)
+        return
     with work("spectra") as progress:
-        fits = run(weights, estimator=estimator, cache=cache, progress=progress)
+        fits = run(
+            model if jobs > 1 or ray is not None else weights, estimator=estimator, cache=cache, jobs=jobs,
+            ray_address=ray, progress=progress,
+        )  # fmt: skip
     records = [fit.to_dict() for fit in fits]
     if output:
         write_json(output, records)
@@ -37,6 +56,25 @@ def analyze(
     _print_table(weights.name, estimator, records)
     if output:
         out.print(f"written to {output}")
+
+
+def _cost(projections: Any, *, workers: int, always: bool) -> dict[str, Any]:
+    """Say what an analysis will cost, if it is more than a moment."""
+    from dataclasses import asdict
+
+    from acttail.cost import described
+    from acttail.cost import estimate as cost_of
+
+    # A billion multiply-adds take well under a second: no need to measure this machine for them.
+    rough = sum(min(p.d_in, p.d_out) ** 2 * max(p.d_in, p.d_out) for p in projections)
+    if rough < _WORTH_SAYING and not always:
+        return {}
+    found = cost_of(projections)
+    err.print(
+        f"{found.matrices} matrices: about {described(found.seconds)} on this machine, "
+        f"{workers * found.bytes_per_worker / 2**30:.1f} GiB at most for {workers} at a time (less what is cached)"
+    )
+    return asdict(found)
 
 
 def _print_table(name: str, estimator: str, records: list[dict[str, Any]]) -> None:

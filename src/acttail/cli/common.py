@@ -51,6 +51,14 @@ CalibrationText = Annotated[
     typer.Option(help="Text a calibrated allocator may see; 'self' samples it from the model."),
 ]
 CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it to use.", min=2)]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Spread the model by accelerate: auto, balanced, sequential, cpu."),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="What devices may take, such as cpu=8GiB,0=20GiB; the rest goes to disk."),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code shipped in the model's repository.")
 ]
@@ -109,16 +117,33 @@ def work(description: str) -> Iterator[Work]:
         bar.close()
 
 
-def load_model(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: str, *, trust_remote_code: bool = False, device_map: str | None = None,
+    max_memory: str | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """Load a model, saying so on stderr if it takes a while.
 
     Raises:
         ModelError: see :func:`acttail.load`.
+        ActTailError: `max_memory` is not DEVICE=SIZE pairs.
     """
     from acttail.models import load
 
+    limits: dict[str | int, str] | None = None
+    if max_memory is not None:
+        limits = {}
+        for pair in names(max_memory):
+            device, equals, size = pair.partition("=")
+            if not equals or not size:
+                raise ActTailError(
+                    f"--max-memory takes DEVICE=SIZE, such as cpu=8GiB; got {pair!r}"
+                )
+            limits[int(device) if device.isdigit() else device] = size
     with err.status(f"loading {name} …"):
-        return load(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        return load(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map,
+            max_memory=limits,
+        )  # fmt: skip
 
 
 def read_calibration_text(name: str | None, *, needed: bool) -> Any:

@@ -7,8 +7,10 @@ import typer
 from acttail.cli.common import (
     CalibrationText,
     CalibrationTokens,
+    DeviceMap,
     Dtype,
     Json,
+    MaxMemory,
     Metrics,
     Model,
     Prefill,
@@ -51,6 +53,8 @@ def compare(
     report: Annotated[
         str | None, typer.Option(help="Also write a self-contained HTML page.")
     ] = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
@@ -78,7 +82,13 @@ def compare(
     calibration_content = read_calibration_text(calibration_text, needed=calibrated)
     PrefillPolicy.parse(prefill or "all")
     content = read_text(text)
-    lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    lm, tokenizer = load_model(
+        model,
+        dtype,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        max_memory=max_memory,
+    )
     calibration = None
     if calibrated:
         with work("calibrating") as progress:

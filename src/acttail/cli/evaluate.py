@@ -5,8 +5,10 @@ from typing import Annotated, Any
 import typer
 
 from acttail.cli.common import (
+    DeviceMap,
     Dtype,
     Json,
+    MaxMemory,
     Metrics,
     Model,
     Prefill,
@@ -54,6 +56,8 @@ def evaluate(
         str | None, typer.Option(help="Write the per-token losses here (.npy or .safetensors).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of anything random; recorded.")] = 0,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
@@ -79,7 +83,13 @@ def evaluate(
         )  # fmt: skip
         return
     torch.manual_seed(seed)
-    lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    lm, tokenizer = load_model(
+        model,
+        dtype,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        max_memory=max_memory,
+    )
     if loaded_plan is not None:
         sparsify_(lm, loaded_plan, prefill=policy)
     row: dict[str, Any] = {}

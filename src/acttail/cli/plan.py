@@ -13,8 +13,10 @@ import typer
 from acttail.cli.common import (
     CalibrationText,
     CalibrationTokens,
+    DeviceMap,
     Dtype,
     Json,
+    MaxMemory,
     Set,
     calibration_for,
     err,
@@ -63,6 +65,8 @@ def plan(
         typer.Option(help="File of sensitivity curves: read if it is there, else written."),
     ] = None,
     dtype: Dtype = "bfloat16",
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="Write the plan here.")
     ] = None,
@@ -83,7 +87,7 @@ def plan(
     request = _Request(
         model, allocator or ("sensitivity" if by_quality else "acttail"), rule,
         settings(set_) | ({"curves": curves} if curves else {}),
-        calibration_text, calibration_tokens, dtype,
+        calibration_text, calibration_tokens, dtype, device_map, max_memory,
     )  # fmt: skip
     if sum((from_ is not None, by_quality, sparsity is not None and from_ is None)) > 1:
         raise ActTailError("give one of --sparsity, --max-loss, --max-kl and --from")
@@ -115,6 +119,8 @@ class _Request:
     text: str | None
     tokens: int
     dtype: str
+    device_map: str | None
+    max_memory: str | None
 
     @property
     def calibrated(self) -> bool:
@@ -137,7 +143,9 @@ def _calibrated(request: _Request) -> Iterator[Any]:
     from acttail.checkpoint import LoadedWeights
 
     content = read_calibration_text(request.text, needed=True)
-    lm, tokenizer = load_model(request.model, request.dtype)
+    lm, tokenizer = load_model(
+        request.model, request.dtype, device_map=request.device_map, max_memory=request.max_memory
+    )
     with work("calibrating") as progress:
         calibration = calibration_for(lm, tokenizer, content, request.tokens, progress)
         yield AllocationContext(LoadedWeights(lm), progress=progress, calibration=calibration)

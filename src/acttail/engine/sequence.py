@@ -7,6 +7,7 @@ import torch
 from acttail.engine.native import NativeDecoder
 from acttail.engine.prefill import Prefill
 from acttail.errors import ActTailError
+from acttail.models import input_device
 from acttail.prefill import PrefillPolicy
 
 # Shorter continuations are decoded token by token: below this a pass of matrix products costs more.
@@ -179,7 +180,7 @@ class TransformersSequence:
             raise ActTailError(
                 f"{self.length} + {tokens.numel()} tokens are more than the sequence's {self.capacity}"
             )
-        device = next(self._model.parameters()).device
+        device = input_device(self._model)
         with torch.inference_mode():
             out = self._model(
                 input_ids=tokens.reshape(1, -1).to(device), past_key_values=self._cache, use_cache=True,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from acttail.errors import ActTailError, TextError
+from acttail.models import input_device
 from acttail.prefill import PrefillPolicy
 from acttail.sparsify import RealisedSparsity, SparseState, counting, sparse_state
 from acttail.text import Text, bos_of, read_text, tokenize, windows
@@ -248,7 +249,7 @@ def perplexity(
                 stack.callback(_restore_hook, model, state)
             state.rows = rows
         stack.enter_context(torch.inference_mode())
-        device = next(model.parameters()).device
+        device = input_device(model)
         for i, batch in enumerate(batches):
             ids = batch[None].to(device)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]

@@ -8,14 +8,12 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from acttail.distribute import runner
 from acttail.errors import ActTailError, BudgetError
 from acttail.files import finite, replacing, write_json
 
@@ -192,8 +190,8 @@ def sweep(
     done = len(files) - len(todo)
     if progress is not None:
         progress(done, len(files))
-    with _runner(spec, jobs, ray_address) as run:
-        for key, row in run(todo):
+    with runner(run_cell, jobs=jobs, ray_address=ray_address) as run:
+        for key, row in run({key: (spec, cell) for key, cell in todo.items()}):
             write_json(folder / f"{key}.json", finite(row))
             done += 1
             if progress is not None:
@@ -201,62 +199,6 @@ def sweep(
     rows = [json.loads((folder / f"{key}.json").read_text()) for key in files]
     _write_table(target, rows)
     return rows
-
-
-Runner = Callable[[Mapping[str, Cell]], Iterator[tuple[str, dict[str, Any]]]]
-
-
-@contextmanager
-def _runner(spec: SweepSpec, jobs: int, ray_address: str | None) -> Iterator[Runner]:
-    if ray_address is not None:
-        with _ray_runner(spec, ray_address) as run:
-            yield run
-    elif jobs <= 1:
-        yield lambda todo: ((key, run_cell(spec, cell)) for key, cell in todo.items())
-    else:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        # spawn: a forked torch inherits locked thread pools.
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-
-            def parallel(todo: Mapping[str, Cell]) -> Iterator[tuple[str, dict[str, Any]]]:
-                futures = {
-                    pool.submit(run_cell, spec, cell, threads): key for key, cell in todo.items()
-                }
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-
-            try:
-                yield parallel
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-
-@contextmanager
-def _ray_runner(spec: SweepSpec, address: str) -> Iterator[Runner]:
-    try:
-        import ray
-    except ImportError as error:
-        raise ActTailError("a Ray cluster needs the extra: pip install 'acttail[ray]'") from error
-    started = not ray.is_initialized()
-    if started:
-        ray.init(
-            None if address == "local" else address, log_to_driver=False, include_dashboard=False
-        )
-    task = ray.remote(run_cell)
-
-    def distributed(todo: Mapping[str, Cell]) -> Iterator[tuple[str, dict[str, Any]]]:
-        waiting = {task.remote(spec, cell, 1): key for key, cell in todo.items()}
-        while waiting:
-            ready, _ = ray.wait(list(waiting), num_returns=1)
-            for reference in ready:
-                yield waiting.pop(reference), ray.get(reference)
-
-    try:
-        yield distributed
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
