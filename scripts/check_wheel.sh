@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="$PWD/${VENV:-.venv}/bin/python"
+root="$PWD"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$python" -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
@@ -26,6 +27,8 @@ if "native" in report["backend"]:
     assert report["native_library"].startswith(sys.argv[3]), report
 print("wheel runs:", report["backend"])
 PY
+  mkdir "$work/$2-first-hour"
+  (cd "$work" && ACTTAIL_CACHE="$work/$2-cache" "$work/$2/bin/python" "$root/scripts/wheel_smoke.py" "$work/$2-first-hour")
 }
 
 install_and_run "$work"/dist/*.whl with_native native

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 an internal error, 2 bad input, 130 interrupted.
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Annotated, Any
 
@@ -41,26 +42,28 @@ app = typer.Typer(
     epilog="MODEL is a Hub id, a folder, a GGUF file, or smollm2-135m. "
     "Exit status: 0 done, 1 internal error, 2 bad input, 130 interrupted.",
 )
-app.command("analyze")(analyze.analyze)
-app.command("plan")(plan.plan)
-app.command("eval")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("critical")(critical.critical)
-app.command("sweep")(sweep.sweep)
-app.command("generate")(generate.generate)
-app.command("convert")(convert.convert)
-app.command("bench")(bench.bench)
-app.command("tune")(tune.tune)
-app.command("export")(export.export)
-app.command("save")(export.save)
+# In the order of --help.
+_COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {
+    "Decide": [("analyze", analyze.analyze), ("plan", plan.plan), ("critical", critical.critical)],
+    "Measure": [
+        ("eval", evaluate.evaluate), ("compare", compare.compare), ("sweep", sweep.sweep), ("bench", bench.bench),
+        ("report", report.report),
+    ],
+    "Run": [
+        ("generate", generate.generate), ("serve", serve.serve), ("convert", convert.convert), ("tune", tune.tune),
+    ],
+    "Share": [("save", export.save), ("export", export.export)],
+    "Help": [("doctor", doctor.doctor)],
+}  # fmt: skip
+for _panel, _commands in _COMMANDS.items():
+    for _name, _function in _commands:
+        app.command(_name, rich_help_panel=_panel)(_function)
 app.command(
     "lm-eval",
+    rich_help_panel="Measure",
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(lm_eval.lm_eval)
-app.command("report")(report.report)
-app.command("serve")(serve.serve)
-app.command("doctor")(doctor.doctor)
 
 
 def _version(show: bool) -> None:

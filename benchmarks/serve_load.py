@@ -1,0 +1,140 @@
+"""The server under load: many streaming clients for two minutes; errors, memory, percentiles.
+
+Starts `acttail serve smollm2-135m` at S = 0.5 on a port of loopback and drives it with the official
+openai client. Appends to serve_load.csv and fills the table of docs/howto/serving.md.
+
+    python benchmarks/serve_load.py [--clients 64] [--seconds 120] [--dtype int8] [--table-only]
+"""
+
+import argparse
+import asyncio
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import openai
+import psutil
+
+import acttail
+
+MODEL = "smollm2-135m"
+NEW_TOKENS = 24
+# Settling: caches of the allocator and lazily loaded code are there after the first requests.
+SETTLE_SECONDS = 15
+
+
+async def client_loop(client, index, until, seen):
+    turn = 0
+    while time.monotonic() < until:
+        turn += 1
+        started = time.monotonic()
+        times = []
+        try:
+            stream = await client.chat.completions.create(
+                model=MODEL, max_tokens=NEW_TOKENS, temperature=0.8, seed=1000 * index + turn, stream=True,
+                messages=[{"role": "user", "content": f"Client {index}, turn {turn}: tell me about the sea."}],
+            )  # fmt: skip
+            async for chunk in stream:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    times.append(time.monotonic())
+        except Exception as error:
+            seen["errors"].append(repr(error))
+            continue
+        if times:
+            seen["first"].append(times[0] - started)
+            seen["gaps"] += [b - a for a, b in zip(times, times[1:], strict=False)]
+            seen["tokens"] += len(times)
+        seen["requests"] += 1
+
+
+async def drive(url, clients, seconds, process):
+    seen = {"errors": [], "first": [], "gaps": [], "tokens": 0, "requests": 0}
+    memory = []
+
+    async def watch():
+        while True:
+            memory.append((time.monotonic(), process.memory_info().rss))
+            await asyncio.sleep(1)
+
+    client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
+    started = time.monotonic()
+    watcher = asyncio.create_task(watch())
+    await asyncio.gather(*(client_loop(client, i, started + seconds, seen) for i in range(clients)))
+    watcher.cancel()
+    settled = [m for at, m in memory if at - started > SETTLE_SECONDS]
+    third = max(1, len(settled) // 3)
+    seen["seconds"] = time.monotonic() - started
+    seen["memory_first"] = statistics.median(settled[:third]) / 1e6
+    seen["memory_last"] = statistics.median(settled[-third:]) / 1e6
+    return seen
+
+
+def percentile(values, share):
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def measure(clients, seconds, dtype, slots):
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Path(folder) / "plan.json"
+        acttail.make_plan(MODEL, 0.5).save(plan)
+        command = [sys.executable, "-m", "acttail", "serve", MODEL, "--plan", str(plan), "--dtype", dtype, "--port", "0",
+                   "--slots", str(slots)]  # fmt: skip
+        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            url = next(line.split()[-1] for line in server.stderr if line.startswith("API"))
+            seen = asyncio.run(drive(url, clients, seconds, psutil.Process(server.pid)))
+        finally:
+            server.terminate()
+            status = server.wait(30)
+    row = {
+        "model": "smollm2-135m GGUF Q4_1", "dtype": dtype, "sparsity": 0.5, "clients": clients, "slots": slots,
+        "new_tokens": NEW_TOKENS, "seconds": round(seen["seconds"], 1), "requests": seen["requests"],
+        "errors": len(seen["errors"]), "tokens_per_second": round(seen["tokens"] / seen["seconds"], 1),
+        **{f"first_token_p{p}": round(percentile(seen["first"], p / 100), 3) for p in (50, 95, 99)},
+        **{f"token_p{p}": round(percentile(seen["gaps"], p / 100), 4) for p in (50, 95, 99)},
+        "memory_first_third_mb": round(seen["memory_first"], 1), "memory_last_third_mb": round(seen["memory_last"], 1),
+        "exit_status": status,
+    }  # fmt: skip
+    common.append("serve_load", row)
+    print(row, seen["errors"][:3], flush=True)
+
+
+def table():
+    lines = [
+        "| clients | slots | weights | requests | errors | tokens/s in all | first token, s: median, 95 %, 99 % "
+        "| between tokens, ms: median, 95 %, 99 % | memory, first and last third |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in common.rows("serve_load"):
+        first = ", ".join(f"{float(r[f'first_token_p{p}']):.2f}" for p in (50, 95, 99))
+        gaps = ", ".join(f"{1000 * float(r[f'token_p{p}']):.0f}" for p in (50, 95, 99))
+        lines.append(
+            f"| {r['clients']} | {r['slots']} | {r['dtype']} | {r['requests']} | {r['errors']} | {r['tokens_per_second']} "
+            f"| {first} | {gaps} | {float(r['memory_first_third_mb']):.0f} MB, {float(r['memory_last_third_mb']):.0f} MB |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--dtype", default="int8")
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--table-only", action="store_true")
+    args = parser.parse_args()
+    if not args.table_only:
+        measure(args.clients, args.seconds, args.dtype, args.slots)
+    path = common.HERE.parent / "docs" / "howto" / "serving.md"
+    page = path.read_text()
+    begin, end = "<!-- load: begin -->", "<!-- load: end -->"
+    path.write_text(f"{page.split(begin)[0]}{begin}\n{table()}\n{end}{page.split(end)[1]}")
+
+
+if __name__ == "__main__":
+    main()
