@@ -8,6 +8,7 @@ openai client. Appends to serve_load.csv and fills the table of docs/howto/servi
 
 import argparse
 import asyncio
+import itertools
 import statistics
 import subprocess
 import sys
@@ -46,7 +47,7 @@ async def client_loop(client, index, until, seen):
             continue
         if times:
             seen["first"].append(times[0] - started)
-            seen["gaps"] += [b - a for a, b in zip(times, times[1:], strict=False)]
+            seen["gaps"] += [b - a for a, b in itertools.pairwise(times)]
             seen["tokens"] += len(times)
         seen["requests"] += 1
 
