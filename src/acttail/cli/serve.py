@@ -38,6 +38,9 @@ def serve(
     time_limit: Annotated[
         float, typer.Option(help="Longest generation, seconds; then it ends as it is.", min=1)
     ] = 600,
+    keep_prefixes: Annotated[
+        bool, typer.Option(help="Keep KV caches for requests that begin alike (conversations).")
+    ] = True,
     max_tokens: Annotated[int, typer.Option(help="New tokens of a request at most.", min=1)] = 2048,
     max_body: Annotated[int, typer.Option(help="Bytes of a request at most.", min=1024)] = 1 << 20,
     engine: EngineName = "auto",
@@ -74,7 +77,7 @@ def serve(
             # A folder's last part: clients have no business with paths of this machine.
             name=name or Path(model).name if Path(model).exists() else name or model, api_keys=(api_key,) if api_key else (), hosts=hosts, slots=slots, queue=queue,
             per_client=per_client, wait_seconds=wait, run_seconds=time_limit, max_body=max_body,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens, keep_prefixes=keep_prefixes,
         )  # fmt: skip
         app = create_app(runner, options, curves=found)
         shown = f"[{host}]" if ":" in host else host

@@ -216,6 +216,7 @@ class Engine:
         self, prompt: str | torch.Tensor, result: Generation | None = None, *, max_new_tokens: int = 128,
         sampling: Sampling | None = None, stop: Sequence[str] = (), chat: bool = False,
         logprobs: int | None = None, cancelled: Callable[[], bool] | None = None, sequence: Any = None,
+        held: int = 0,
     ) -> Iterator[Piece]:  # fmt: skip
         """Generate piece by piece; closing the iterator stops at once.
 
@@ -229,6 +230,7 @@ class Engine:
             logprobs: report the log-probabilities of so many likeliest tokens.
             cancelled: asked before every token.
             sequence: go on from this one; a new one by default.
+            held: tokens of the prompt that this sequence already ends with.
 
         Raises:
             ActTailError: the prompt is empty or longer than the context.
@@ -240,11 +242,11 @@ class Engine:
             )
         if sequence is None:
             sequence = self.new_sequence(min(self.context, len(ids) + max_new_tokens))
-        room = sequence.capacity - sequence.length - len(ids)
+        room = sequence.capacity - sequence.length - (len(ids) - held)
         yield from stream(
             sequence, self.tokenizer, ids, Generation() if result is None else result,
             max_new_tokens=min(max_new_tokens, room + 1), sampling=sampling or Sampling(), stop=stop,
-            eos=self._eos, logprobs=logprobs, cancelled=cancelled,
+            eos=self._eos, logprobs=logprobs, cancelled=cancelled, held=held,
         )  # fmt: skip
 
     def generate(self, prompt: str | torch.Tensor, **arguments: Any) -> Generation:

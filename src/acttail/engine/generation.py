@@ -133,13 +133,15 @@ def stream(
     eos: frozenset[int] = frozenset(),
     logprobs: int | None = None,
     cancelled: Callable[[], bool] | None = None,
+    held: int = 0,
 ) -> Iterator[Piece]:
     """Generate, yielding each token as it is drawn.
 
     Args:
-        sequence: a sequence of any engine; the prompt is appended to what it holds.
+        sequence: a sequence of any engine; the prompt, less what is held, is appended.
         tokenizer: of the model; None if only ids are wanted.
         prompt: [n] int64.
+        held: tokens of the prompt that the sequence already ends with; at least one is left to feed.
         result: filled as the generation goes.
         max_new_tokens: tokens at most.
         sampling: how they are drawn.
@@ -159,7 +161,7 @@ def stream(
     )
     result.prompt_tokens = prompt.numel()
     started = time.perf_counter()
-    logits = sequence.feed(prompt)
+    logits = sequence.feed(prompt[held:])
     sampler.see(prompt, logits.numel(), generated=False)
     result.prefill_seconds = time.perf_counter() - started
     started = time.perf_counter()

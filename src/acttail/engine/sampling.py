@@ -1,7 +1,10 @@
 """From logits to the next token: greedy, or sampled as transformers' warpers would."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from acttail.errors import ActTailError
@@ -101,14 +104,25 @@ class Sampler:
         """
         s = self.sampling
         logits = self.penalised(logits)
-        best = int(logits.argmax())
-        if not bool(torch.isfinite(logits[best])):
+        # numpy: torch would wake a second thread for a vocabulary, and that one spins on beside the
+        # decoder's own (2 % of a token, two threads).
+        values: Any = logits.numpy()
+        best = int(values.argmax())
+        if not math.isfinite(values[best]):
             raise ActTailError("the model gave logits that are not finite; check its weights")
         if s.temperature == 0:
             return best
-        values, index = self.candidates(logits / s.temperature)
-        drawn = torch.multinomial(values, 1, generator=self._generator)
-        return int(index[drawn])
+        if not s.top_k and s.top_p == 1 and s.min_p == 0:
+            # Nothing is cut off, so nothing need be sorted: 0.2 ms instead of 6 for 49,152 logits.
+            return self._pick(np.exp((values - values[best]) / np.float32(s.temperature)))
+        p, index = self.candidates(logits / s.temperature)
+        return int(index[self._pick(p.numpy())])
+
+    def _pick(self, p: Any) -> int:
+        """An index drawn with probabilities p (not normalised), by the inverse of the distribution."""
+        total = p.cumsum(dtype=np.float64)
+        draw = float(torch.rand((), dtype=torch.float64, generator=self._generator)) * total[-1]
+        return min(int(total.searchsorted(draw, side="right")), len(p) - 1)
 
     def penalised(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits [vocabulary] with the biases and the penalties on tokens already there."""

@@ -10,8 +10,10 @@ from acttail.errors import ActTailError
 from acttail.models import input_device
 from acttail.prefill import PrefillPolicy
 
-# Shorter continuations are decoded token by token: below this a pass of matrix products costs more.
-_PREFILL_TOKENS = 8
+# Shorter continuations are decoded token by token: below this a pass of matrix products costs more, and
+# the more so where weights must be unpacked for it (SmolLM2-135M at S = 0.5, one and two threads: equal at
+# 10 tokens for bf16, at 22 for int8 and int4).
+_PREFILL_TOKENS = {"fp32": 8, "bf16": 10, "int8": 22, "int4": 22}
 # Prompts go through in pieces, which bounds the attention's scores and the activations.
 _PIECE = 512
 
@@ -48,6 +50,7 @@ class NativeSequence:
     ) -> None:
         self._decoder, self._prefill, self._policy = decoder, prefill, policy
         self.capacity = capacity
+        self._short = _PREFILL_TOKENS[decoder.packed.layout.dtype]
         self._lib = decoder.lib
         self._cache: Any = self._lib.acttail_cache_new(decoder.handle, capacity)
         if not self._cache:
@@ -94,7 +97,7 @@ class NativeSequence:
         """
         tokens = self._checked(tokens)
         with self._decoder.lock:
-            if len(tokens) < _PREFILL_TOKENS and self._all_sparse(len(tokens)):
+            if len(tokens) < self._short and self._all_sparse(len(tokens)):
                 self.weights_read = self._decoder.forward(self._cache, tokens, self._logits)
                 return self._logits
             hidden = self._prompt(tokens)[-1:]

@@ -55,6 +55,7 @@ class Options:
         run_seconds: longest generation.
         max_body: bytes of a request.
         max_tokens: new tokens of a request at most, and where a chat request does not say.
+        keep_prefixes: go on from the KV cache of an earlier request that began alike.
     """
 
     name: str | None = None
@@ -67,6 +68,7 @@ class Options:
     run_seconds: float = 600.0
     max_body: int = 1 << 20
     max_tokens: int = 2048
+    keep_prefixes: bool = True
 
 
 class _Server:
@@ -79,7 +81,9 @@ class _Server:
         self.metrics = Metrics(engine)
         self.scheduler = Scheduler(
             slots=options.slots, queue=options.queue, per_client=options.per_client,
-            wait_seconds=options.wait_seconds, run_seconds=options.run_seconds, on_token=self.metrics.token,
+            wait_seconds=options.wait_seconds, run_seconds=options.run_seconds,
+            threads=getattr(engine, "threads", None),
+            keep_prefixes=options.keep_prefixes, on_token=self.metrics.token,
         )  # fmt: skip
         self.metrics.watch(self.scheduler)
 

@@ -1,6 +1,7 @@
 """One request as a group of generations, and its events as an asynchronous stream."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -11,6 +12,7 @@ from acttail.serve.errors import ApiError
 from acttail.serve.metrics import Metrics
 from acttail.serve.scheduler import Job, Scheduler
 
+_LOG = logging.getLogger("acttail.serve")
 # How often a request that waits looks whether its client is still there.
 _LOOK_SECONDS = 0.5
 # Generations one request may ask for (prompts x n).
@@ -99,6 +101,7 @@ class Call:
         if outcome == "failed":
             if isinstance(job.error, ActTailError):
                 raise ApiError(400, str(job.error))
+            _LOG.error("a generation failed", exc_info=job.error)
             raise ApiError(500, "the generation failed; see the server's log", "server_error")
         self._metrics.ended(job)
 

@@ -66,7 +66,7 @@ def run(app: Any, bound: socket.socket, *, ready: Callable[[], None] | None = No
     )  # fmt: skip
     try:
         _Server(config, ready).run(sockets=[bound])
-    except KeyboardInterrupt:  # uvicorn hands the signal on after a clean end
+    except (KeyboardInterrupt, SystemExit):  # uvicorn hands the signal on after a clean end
         return
     finally:
         bound.close()

@@ -17,6 +17,7 @@ import torch
 from acttail.engine.generation import Generation, Piece
 from acttail.engine.sampling import Sampling
 from acttail.errors import ActTailError
+from acttail.serve.prefixes import PrefixCache
 
 Outcome = Literal["done", "failed", "expired"]
 
@@ -36,6 +37,7 @@ class Job:
         logprobs: as of :meth:`acttail.engine.Engine.stream`.
         result: filled as it goes.
         error: what went wrong, after the outcome ``failed``.
+        held: tokens of the prompt that an earlier request had left in a KV cache.
         read_share: mean share of the projections' weights that decoding read, NaN until known.
     """
 
@@ -55,6 +57,7 @@ class Job:
     _cancelled: bool = False
     _steps: Any = None
     _sequence: Any = None
+    held: int = 0
     _read: float = 0.0
     _reads: int = 0
 
@@ -77,13 +80,18 @@ class Scheduler:
         per_client: jobs a client may have waiting or running.
         wait_seconds: longest wait for a slot.
         run_seconds: longest run; what is there by then is the answer.
+        keep_prefixes: go on from the KV cache of an earlier request that began alike.
+        threads: of torch's operators; torch's own number by default.
         on_token: called with (job, seconds since its token before, or None for the first).
     """
 
     def __init__(
         self, *, slots: int = 8, queue: int = 128, per_client: int = 128, wait_seconds: float = 300,
-        run_seconds: float = 600, on_token: Callable[[Job, float | None], None] | None = None,
+        run_seconds: float = 600, threads: int | None = None, keep_prefixes: bool = True,
+        on_token: Callable[[Job, float | None], None] | None = None,
     ) -> None:  # fmt: skip
+        self._threads = threads
+        self._kept = PrefixCache(slots if keep_prefixes else 0)
         self.slots, self.queue, self.per_client = slots, queue, per_client
         self.wait_seconds, self.run_seconds = wait_seconds, run_seconds
         self._on_token = on_token
@@ -133,6 +141,8 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)  # of this thread: prompts and sampling
         while True:
             with self._condition:
                 while not (self._active or self._waiting or self._stopping):
@@ -147,7 +157,8 @@ class Scheduler:
                 if outcome is not None:
                     with self._condition:
                         self._active.remove(job)
-                    # The KV cache goes with the generator, before the client hears of the end.
+                    # The KV cache is given back before the client hears of the end.
+                    self._kept.give(job.engine, job.prompt, job.result.tokens, job._sequence)
                     job._steps = job._sequence = None
                     job.emit(outcome)
 
@@ -193,10 +204,10 @@ class Scheduler:
     def _open(self, job: Job) -> None:
         started = time.monotonic()
         size = min(job.engine.context, len(job.prompt) + job.max_new_tokens)
-        job._sequence = job.engine.new_sequence(size)
+        job._sequence, job.held = self._kept.take(job.engine, job.prompt, size)
         job._steps = job.engine.stream(
             job.prompt, job.result, max_new_tokens=job.max_new_tokens, sampling=job.sampling, stop=job.stop,
-            logprobs=job.logprobs, sequence=job._sequence,
+            logprobs=job.logprobs, sequence=job._sequence, held=job.held,
             cancelled=lambda: job._cancelled or time.monotonic() - started > self.run_seconds,
         )  # fmt: skip
 

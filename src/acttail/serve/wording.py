@@ -112,7 +112,7 @@ def finish(job: Job) -> str:
     return "stop" if job.result.finish == "stop" else "length"
 
 
-def usage(jobs: Sequence[Job]) -> dict[str, int]:
+def usage(jobs: Sequence[Job]) -> dict[str, Any]:
     """Token counts; a prompt with several choices counts once per choice it was read for."""
     prompt = sum(len(job.prompt) for job in jobs)
     completion = sum(len(job.result.tokens) for job in jobs)
@@ -120,6 +120,7 @@ def usage(jobs: Sequence[Job]) -> dict[str, int]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(job.held for job in jobs)},
     }
 
 
