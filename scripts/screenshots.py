@@ -84,7 +84,10 @@ def terminal(plan):
             env=environment, cwd=os.environ.get("TMPDIR", "/tmp"),
         )  # fmt: skip
         console.print(Text.from_ansi(done.stdout.rstrip()))
-        console.print(Text.from_ansi(done.stderr.rstrip()))
+        # Without the bars: a terminal draws each over the one before.
+        kept = [x for x in done.stderr.splitlines() if x.strip() and "━" not in x and "0/" not in x]
+        if kept:
+            console.print(Text.from_ansi("\n".join(kept)))
     svg = console.export_svg(title="acttail")
     # Fonts from elsewhere would be fetched by whoever opens the file.
     while "@font-face" in svg:

@@ -28,15 +28,23 @@ def esd(weight: torch.Tensor) -> torch.Tensor:
     if weight.dim() != 2 or 0 in weight.shape:
         raise SpectrumError(f"an ESD needs a non-empty matrix, got shape {tuple(weight.shape)}")
     matrix = weight.detach().to(torch.float64)
-    if not bool(torch.isfinite(matrix).all()):
-        raise SpectrumError("the weight has NaN or infinite entries; repair the checkpoint")
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
     if matrix.device.type == "cpu":
         array = matrix.numpy()
-        eigenvalues = torch.from_numpy(np.linalg.eigvalsh(array @ array.T))
+        with np.errstate(invalid="ignore"):
+            gram = torch.from_numpy(array @ array.T)
+        del array
     else:
-        eigenvalues = torch.linalg.eigvalsh(matrix @ matrix.T).cpu()
+        gram = matrix @ matrix.T
+    del matrix
+    # A bad entry is a bad entry of the diagonal: looking at the weight itself would copy it again.
+    if not bool(torch.isfinite(gram.diagonal()).all()):
+        raise SpectrumError("the weight has NaN or infinite entries; repair the checkpoint")
+    if gram.device.type == "cpu":
+        eigenvalues = torch.from_numpy(np.linalg.eigvalsh(gram.numpy()))
+    else:
+        eigenvalues = torch.linalg.eigvalsh(gram).cpu()
     return eigenvalues.clamp_(min=0)
 
 

@@ -228,7 +228,8 @@ def _mean(values: list[float]) -> float:
 def _print_plan(made: Any) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{made.model}: {made.allocator}, sparsity {made.sparsity:g}")
+    out.print(f"{made.model}: {made.allocator}, sparsity {made.sparsity:g}", style="bold")
+    table = Table()
     for heading in ("kind", "count", "mean", "lowest", "highest"):
         table.add_column(heading, justify="left" if heading == "kind" else "right")
     for kind, entries in _by_kind(made).items():
