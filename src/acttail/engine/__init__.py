@@ -69,7 +69,7 @@ class Engine:
             threads: that decode; torch's number by default.
             prefill: which tokens of a prompt are sparse.
             kv_dtype: of the KV cache: ``fp32``, ``bf16`` or ``int8``; fp32 for fp32 weights, else bf16.
-            head_dtype: of embedding and output head; the dtype by default, int8 for int4.
+            head_dtype: of embedding and output head; fp32 for fp32 weights, else int8.
             group: inputs that share a scale in int8 and int4; None for the default.
             native: True insists on the native engine, False on transformers; None takes transformers
                 where the native one does not reach, with a warning that says why.

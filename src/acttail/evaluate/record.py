@@ -9,9 +9,9 @@ import numpy as np
 
 from acttail.checkpoint import LoadedWeights
 from acttail.engine import NativeEngine
-from acttail.engine.layout import BITS
 from acttail.errors import ActTailError
 from acttail.evaluate.perplexity import PerplexityResult
+from acttail.evaluate.speed import head_bytes
 from acttail.evaluate.traffic import token_bytes
 from acttail.files import replacing
 from acttail.plan import created_with
@@ -71,8 +71,8 @@ def native_record(engine: NativeEngine, result: PerplexityResult) -> dict[str, A
         result: of :func:`acttail.evaluate.native.native_perplexity`.
     """
     plan = engine.plan
-    spec, layout = engine.packed.layout.spec, engine.packed.layout
-    head = spec.vocabulary * spec.hidden * BITS[layout.head_dtype] // 8
+    layout = engine.packed.layout
+    head = head_bytes(layout)
     projections = sum(layout.shapes[n].rows * layout.shapes[n].row_bytes for n in layout.segments)
     realised = result.realised
     kept = 1 - realised.model if realised else 1.0

@@ -185,7 +185,18 @@ def bytes_per_token(engine: NativeEngine, context: int) -> float:
             projections += 2 * scale[0] * scale[1] * (2 if shape.asymmetric else 1)
     kv_bytes = {"fp32": 4, "bf16": 2, "int8": 1}[engine.decoder.kv_dtype]
     kv = 2 * len(spec.blocks) * spec.kv_heads * spec.head_dim * kv_bytes * context
-    return float(projections + head * BITS[layout.head_dtype] / 8 + kv)
+    return float(projections + head_bytes(layout) + kv)
+
+
+def head_bytes(layout: Any) -> int:
+    """Bytes of the output head, its scales included; a token reads it whole.
+
+    Args:
+        layout: of a packed model.
+    """
+    shape = layout.shapes["head" if "head" in layout.shapes else "embedding"]
+    scale = shape.scale_shape
+    return int(shape.rows * shape.row_bytes + (2 * scale[0] * scale[1] if scale else 0))
 
 
 def check_rounds(rounds: int, new_tokens: int, prompt_tokens: int) -> None:
