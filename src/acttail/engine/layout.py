@@ -17,10 +17,10 @@ FORMATS = {name: number for number, name in enumerate(DTYPES)}
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 # Columns come in blocks of this many; rows are padded to whole blocks.
 BLOCK = 64
-# Inputs that share a scale. int8: a sweep over kept rows may not cross from one scale to the next, so
-# groups of 192 decode 8 % faster than of 64 (one thread, S = 0.5), within 2 % of one scale per output, and
-# their KL to fp32 lies between (benchmarks/quantisation.csv). int4 needs 32.
-GROUPS = {"fp32": 0, "bf16": 0, "int8": 192, "int4": 32}
+# Inputs that share a scale; 0 for one per output. A sweep over kept int8 rows may not cross from one scale
+# to the next, so one per output decodes a tenth faster than groups do, for a KL to fp32 of 0.003 instead of
+# 0.001 with groups of 32 (benchmarks/quantisation.csv). int4 needs 32.
+GROUPS = {"fp32": 0, "bf16": 0, "int8": 0, "int4": 32}
 HEAD_GROUPS = {"fp32": 0, "bf16": 0, "int8": 32, "int4": 32}
 
 
