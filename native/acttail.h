@@ -25,7 +25,7 @@ enum acttail_status {
 
 ACTTAIL_API int acttail_abi(void);
 
-// Name of the instruction set in use: "portable", "avx2", "avx512" or "avx512vnni". The environment variable
+// Name of the instruction set in use: "portable", "neon", "avx2", "avx512" or "avx512vnni". The environment variable
 // ACTTAIL_ISA forces one; a name that is unknown or not supported here falls back to the best one
 // below it, and acttail_isa() tells the truth.
 ACTTAIL_API const char* acttail_isa(void);

@@ -9,12 +9,17 @@
 
 namespace {
 
+bool known(const char* name) {
+  for (const char* isa : {"avx512vnni", "avx512", "avx2", "neon", "portable"}) {
+    if (std::strcmp(name, isa) == 0) return true;
+  }
+  return false;
+}
+
 // Best first. A forced name skips the better ones, never the check that the CPU has it.
 const acttail::Kernels& choose() {
   const char* forced = std::getenv("ACTTAIL_ISA");
-  bool open = forced == nullptr || *forced == '\0' ||
-              (std::strcmp(forced, "avx512vnni") != 0 && std::strcmp(forced, "avx512") != 0 && std::strcmp(forced, "avx2") != 0 &&
-               std::strcmp(forced, "portable") != 0);
+  bool open = forced == nullptr || *forced == '\0' || !known(forced);
 #if defined(ACTTAIL_AVX512VNNI)
   open = open || std::strcmp(forced, "avx512vnni") == 0;
   if (open && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -36,6 +41,10 @@ const acttail::Kernels& choose() {
       __builtin_cpu_supports("f16c")) {
     return acttail::kernels_avx2();
   }
+#endif
+#if defined(ACTTAIL_NEON)
+  open = open || std::strcmp(forced, "neon") == 0;
+  if (open) return acttail::kernels_neon();
 #endif
   (void)open;
   return acttail::kernels_portable();

@@ -1,0 +1,96 @@
+// Eight float lanes in two registers, for AArch64, where NEON is part of the baseline.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+
+namespace simd {
+
+constexpr int W = 8;
+struct F {
+  float32x4_t a, b;
+};
+
+inline F zero() { return {vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)}; }
+inline F set1(float v) { return {vdupq_n_f32(v), vdupq_n_f32(v)}; }
+inline F load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+inline void store(float* p, F v) {
+  vst1q_f32(p, v.a);
+  vst1q_f32(p + 4, v.b);
+}
+inline F add(F x, F y) { return {vaddq_f32(x.a, y.a), vaddq_f32(x.b, y.b)}; }
+inline F sub(F x, F y) { return {vsubq_f32(x.a, y.a), vsubq_f32(x.b, y.b)}; }
+inline F mul(F x, F y) { return {vmulq_f32(x.a, y.a), vmulq_f32(x.b, y.b)}; }
+inline F div(F x, F y) { return {vdivq_f32(x.a, y.a), vdivq_f32(x.b, y.b)}; }
+// The second operand where the comparison fails, NaN included, as on the other instruction sets.
+inline F min(F x, F y) {
+  return {vbslq_f32(vcltq_f32(x.a, y.a), x.a, y.a), vbslq_f32(vcltq_f32(x.b, y.b), x.b, y.b)};
+}
+inline F max(F x, F y) {
+  return {vbslq_f32(vcgtq_f32(x.a, y.a), x.a, y.a), vbslq_f32(vcgtq_f32(x.b, y.b), x.b, y.b)};
+}
+inline F fma(F x, F y, F z) { return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b)}; }
+inline F round(F x) { return {vrndnq_f32(x.a), vrndnq_f32(x.b)}; }
+
+// p * 2^n for integral n, in two steps so that results below 2^-126 are not flushed early.
+inline float32x4_t scale2(float32x4_t p, float32x4_t n) {
+  const int32x4_t whole = vcvtnq_s32_f32(n);
+  const int32x4_t half = vshrq_n_s32(whole, 1);
+  const auto power = [](int32x4_t e) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(e, vdupq_n_s32(127)), 23));
+  };
+  return vmulq_f32(vmulq_f32(p, power(half)), power(vsubq_s32(whole, half)));
+}
+inline F scale2(F p, F n) { return {scale2(p.a, n.a), scale2(p.b, n.b)}; }
+
+inline float sum(F v) { return vaddvq_f32(vaddq_f32(v.a, v.b)); }
+inline float maximum(F v) { return vmaxvq_f32(vmaxq_f32(v.a, v.b)); }
+
+inline F load_bf16(const uint16_t* p) {
+  const uint16x8_t raw = vld1q_u16(p);
+  return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(raw), 16)),
+          vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(raw), 16))};
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline uint16x4_t to_bf16(float32x4_t v) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(v);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+  const uint32x4_t number = vceqq_f32(v, v);
+  return vmovn_u32(vbslq_u32(number, vshrq_n_u32(up, 16), vdupq_n_u32(0x7FC0)));
+}
+inline void store_bf16(uint16_t* p, F v) { vst1q_u16(p, vcombine_u16(to_bf16(v.a), to_bf16(v.b))); }
+
+inline F load_f16(const uint16_t* p) {
+  const float16x8_t raw = vreinterpretq_f16_u16(vld1q_u16(p));
+  return {vcvt_f32_f16(vget_low_f16(raw)), vcvt_f32_f16(vget_high_f16(raw))};
+}
+
+inline F load_i8(const int8_t* p) {
+  const int16x8_t wide = vmovl_s8(vld1_s8(p));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
+}
+
+// Eight bytes, each with two levels.
+struct Bytes {
+  uint8x8_t v;
+};
+inline Bytes load_bytes(const uint8_t* p) { return {vld1_u8(p)}; }
+// The levels of both tables are evenly spaced, one apart: the first is all that is needed.
+struct Levels {
+  float32x4_t first;
+};
+inline Levels levels(const float* sixteen) { return {vdupq_n_f32(sixteen[0])}; }
+inline F level(uint8x8_t index, Levels t) {
+  const uint16x8_t wide = vmovl_u8(index);
+  return {vaddq_f32(vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))), t.first),
+          vaddq_f32(vcvtq_f32_u32(vmovl_u16(vget_high_u16(wide))), t.first)};
+}
+inline F low_nibble(Bytes b, Levels t) { return level(vand_u8(b.v, vdup_n_u8(15)), t); }
+inline F high_nibble(Bytes b, Levels t) { return level(vshr_n_u8(b.v, 4), t); }
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+}  // namespace simd
