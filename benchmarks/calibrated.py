@@ -210,12 +210,8 @@ def main():
     args = parser.parse_args()
     if not args.table_only:
         measure(args.text, [float(s) for s in args.sparsity.split(",")])
-    path = common.HERE.parent / "docs" / "results.md"
-    page = path.read_text()
     for which in TEXTS:
-        begin, end = f"<!-- calibrated {which}: begin -->", f"<!-- calibrated {which}: end -->"
-        page = f"{page.split(begin)[0]}{begin}\n{table(which)}\n{end}{page.split(end)[1]}"
-    path.write_text(page)
+        common.fill("docs/results.md", f"calibrated {which}", table(which))
 
 
 if __name__ == "__main__":

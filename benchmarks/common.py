@@ -50,3 +50,13 @@ def rows(name: str) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def fill(page: str, name: str, text: str) -> None:
+    """Replace what is between the comments ``name: begin`` and ``name: end`` of a page of the project."""
+    path = HERE.parent / page
+    before, begin, rest = path.read_text().partition(f"<!-- {name}: begin -->")
+    _, end, after = rest.partition(f"<!-- {name}: end -->")
+    if not begin or not end:
+        raise SystemExit(f"{page} has no place for {name}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")

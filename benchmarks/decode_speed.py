@@ -276,16 +276,9 @@ def main():
                 small(args.dtypes.split(","))
             else:
                 {"large": large, "prefill": prefill, "quality": quality}[part]()
-    path = common.HERE.parent / "docs" / "performance.md"
-    page = path.read_text()
-    for name, table in (("decode", speed_table()), ("prefill", prefill_table())):
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        page = f"{page.split(begin)[0]}{begin}\n{table}\n{end}{page.split(end)[1]}"
-    path.write_text(page)
-    path = common.HERE.parent / "README.md"
-    page = path.read_text()
-    begin, end = "<!-- speed: begin -->", "<!-- speed: end -->"
-    path.write_text(f"{page.split(begin)[0]}{begin}\n{readme_table()}\n{end}{page.split(end)[1]}")
+    common.fill("docs/performance.md", "decode", speed_table())
+    common.fill("docs/performance.md", "prefill", prefill_table())
+    common.fill("README.md", "speed", readme_table())
 
 
 if __name__ == "__main__":

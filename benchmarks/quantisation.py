@@ -110,10 +110,7 @@ def main():
     args = parser.parse_args()
     if not args.table_only:
         measure(args.rounds)
-    path = common.HERE.parent / "docs" / "performance.md"
-    page = path.read_text()
-    begin, end = "<!-- quantisation: begin -->", "<!-- quantisation: end -->"
-    path.write_text(f"{page.split(begin)[0]}{begin}\n{table()}\n{end}{page.split(end)[1]}")
+    common.fill("docs/performance.md", "quantisation", table())
 
 
 if __name__ == "__main__":

@@ -225,10 +225,7 @@ def main():
     if not args.table_only:
         measure_matrices(SHAPES + (LARGEST if args.largest else ()))
         measure_models()
-    path = common.HERE.parent / "docs" / "scaling.md"
-    page = path.read_text()
-    begin, end = "<!-- scaling: begin -->", "<!-- scaling: end -->"
-    path.write_text(f"{page.split(begin)[0]}{begin}\n{tables()}\n{end}{page.split(end)[1]}")
+    common.fill("docs/scaling.md", "scaling", tables())
 
 
 if __name__ == "__main__":

@@ -131,10 +131,7 @@ def main():
     args = parser.parse_args()
     if not args.table_only:
         measure(args.clients, args.seconds, args.dtype, args.slots)
-    path = common.HERE.parent / "docs" / "howto" / "serving.md"
-    page = path.read_text()
-    begin, end = "<!-- load: begin -->", "<!-- load: end -->"
-    path.write_text(f"{page.split(begin)[0]}{begin}\n{table()}\n{end}{page.split(end)[1]}")
+    common.fill("docs/howto/serving.md", "load", table())
 
 
 if __name__ == "__main__":
