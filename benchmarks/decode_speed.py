@@ -36,6 +36,12 @@ from acttail.text import read_text, tokenize, windows
 MODEL = "smollm2-135m"
 SPARSITIES = (0.5, 0.7)
 TOKENS = 4096
+# Label -> (width, format of the output head). llama.cpp's BF16 file has a bf16 head, its Q8_0 and Q4_0 files an
+# 8-bit one.
+WIDTHS = {
+    "bf16": ("bf16", "int8"), "bf16 with bf16 head": ("bf16", "bf16"), "int8": ("int8", "int8"),
+    "int4": ("int4", "int8"),
+}  # fmt: skip
 
 
 def plans():
@@ -84,11 +90,14 @@ def rows_of(what, dtype, threads, speed, ours, others, extra):
         print(what, dtype, threads, name, round(speed.median(name), 1), flush=True)
 
 
-def small(dtypes=("bf16", "int8", "int4")):
+def small(widths=tuple(WIDTHS)):
     model, found = plans()
     gguf = resolve(MODEL).path
-    for dtype in dtypes:
-        base = Engine.from_pretrained(MODEL, found[0.5], dtype=dtype, native=True, threads=1)
+    for label in widths:
+        dtype, head = WIDTHS[label]
+        base = Engine.from_pretrained(
+            MODEL, found[0.5], dtype=dtype, head_dtype=head, native=True, threads=1
+        )
         for threads in (1, 2):
             torch.set_num_threads(threads)
             ours = engines(base, found, threads)
@@ -99,8 +108,8 @@ def small(dtypes=("bf16", "int8", "int4")):
                 contestants["hf"] = EagerContestant(model)
             speed = measure(contestants, prompt(128, 49152), new_tokens=128, rounds=7)
             rows_of(
-                "smollm2-135m",
-                dtype,
+                MODEL,
+                label,
                 threads,
                 speed,
                 ours,
@@ -162,8 +171,10 @@ def quality():
     _, found = plans()
     text = read_text(common.WIKITEXT_TEST)
     gguf = resolve(MODEL).path
-    for dtype in ("bf16", "int8", "int4"):
-        base = Engine.from_pretrained(MODEL, found[0.5], dtype=dtype, native=True, threads=2)
+    for label, (dtype, head) in WIDTHS.items():
+        base = Engine.from_pretrained(
+            MODEL, found[0.5], dtype=dtype, head_dtype=head, native=True, threads=2
+        )
         held = DenseLogits()
         ours = engines(base, found, 2)
         for name in ("dense", *(f"S={s}" for s in SPARSITIES)):
@@ -172,9 +183,11 @@ def quality():
                 ours[name], text, tokens=TOKENS, metrics=metrics, dense_logits=held
             )
             append_quality(
-                dtype, name, result.perplexity, result.perplexity_stderr, result.kl, result.top1
+                label, name, result.perplexity, result.perplexity_stderr, result.kl, result.top1
             )
         del base, ours
+        if label not in ("bf16", "int8", "int4"):
+            continue
         llama = LlamaCppContestant(requantised(gguf, dtype), 2, 1024)
         ids = windows(tokenize(text, acttail.load(MODEL)[1]), 1024, TOKENS, None, None, text.name)
         losses = [float(token_losses(llama.window_logits(w)[:-1], w[1:]).mean()) for w in ids]
@@ -238,7 +251,8 @@ def readme_table():
         "| decoding against llama.cpp at the same width | threads | our dense | S = 0.5 | S = 0.7 |",
         "|---|---|---|---|---|",
     ]
-    for dtype, file in (("bf16", "BF16"), ("int8", "Q8_0"), ("int4", "Q4_0")):
+    files = {"bf16": "BF16", "bf16 with bf16 head": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+    for dtype, file in files.items():
         for threads in ("1", "2"):
             row = [found.get((MODEL, dtype, threads, n)) for n in ("dense", "S=0.5", "S=0.7")]
             if None in row:
@@ -267,13 +281,13 @@ def prefill_table():
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="speed,large,prefill,quality")
-    parser.add_argument("--dtypes", default="bf16,int8,int4", help="of the part `speed`")
+    parser.add_argument("--widths", default=",".join(WIDTHS), help="of the part `speed`")
     parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
     if not args.table_only:
         for part in args.only.split(","):
             if part == "speed":
-                small(args.dtypes.split(","))
+                small(args.widths.split(","))
             else:
                 {"large": large, "prefill": prefill, "quality": quality}[part]()
     common.fill("docs/performance.md", "decode", speed_table())
