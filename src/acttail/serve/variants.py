@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from functools import cached_property
 from typing import Any
 
 from acttail.allocate.replan import curves_of, replan
@@ -35,7 +36,7 @@ class Variants:
         """Sparsity the server was started with."""
         return 0.0 if self.engine.plan is None else float(self.engine.plan.sparsity)
 
-    @property
+    @cached_property
     def fixed(self) -> str | None:
         """Why the sparsity cannot be changed, None if it can."""
         if self.engine.name != "native":
@@ -57,9 +58,8 @@ class Variants:
         if sparsity is None or abs(sparsity - self.default) < 1e-9:
             return self.engine
         key = round(round(sparsity / _STEP) * _STEP, 6)
-        if self.fixed is not None and key > 0:
-            raise ActTailError(f"sparsity cannot be changed: {self.fixed}")
-        if self.engine.name != "native":
+        # Dense needs no plan, only an engine that can change it.
+        if self.fixed is not None and (key > 0 or self.engine.name != "native"):
             raise ActTailError(f"sparsity cannot be changed: {self.fixed}")
         with self._lock:
             if key not in self._made:
