@@ -11,6 +11,8 @@ inline int64_t kv_bytes(int32_t format) {
   return format == kKvF32 ? 4 : format == kKvBf16 ? 2 : 1;
 }
 
+constexpr int64_t kMostHeads = 4;  // query heads whose scores `attend` holds at once
+
 // Positions first .. length - 1 are read; the last one comes from `last_*`, so that a thread need not
 // wait for another to write it into the cache.
 struct KvHead {

@@ -22,8 +22,8 @@ Worker::Worker(const acttail_model& m)
       stream(static_cast<size_t>(padded(m.hidden))),
       normed(static_cast<size_t>(padded(m.hidden))),
       inner(static_cast<size_t>(padded(2 * m.intermediate))),
-      head(static_cast<size_t>(padded(m.head_dim))),
-      out(static_cast<size_t>(padded(std::max(m.hidden, m.head_dim)))),
+      heads(static_cast<size_t>(padded(m.head_dim) * (m.heads / m.kv_heads))),
+      out(static_cast<size_t>(std::max(padded(m.hidden), padded(m.head_dim) * (m.heads / m.kv_heads)))),
       key(static_cast<size_t>(padded(m.head_dim)) * 4),
       value(static_cast<size_t>(padded(m.head_dim)) * 4) {}
 
@@ -112,9 +112,9 @@ void acttail_engine::attention(int t, Worker& w, const acttail_block& b, int64_t
   kv.first = b.window > 0 ? std::max<int64_t>(0, position + 1 - b.window) : 0;
   kv.last_key = w.key.data();
   kv.last_value = w.value.data();
-  w.scores.resize(static_cast<size_t>(cache.capacity));
-  float* head = w.head.data();
-  const auto turn = [&](const acttail_norm& n, int64_t offset) {
+  w.scores.resize(static_cast<size_t>(cache.capacity * acttail::kMostHeads));
+  const auto turn = [&](const acttail_norm& n, int64_t offset, float* head) {
+    std::fill(head, head + cache.width, 0.0f);
     collect(b.qkv, kQkv, offset, d, head);
     norm(n, head, d, head);
     if (b.rope >= 0) {
@@ -124,36 +124,39 @@ void acttail_engine::attention(int t, Worker& w, const acttail_block& b, int64_t
     }
   };
   const int64_t bytes = cache.width * acttail::kv_bytes(cache.format);
-  int64_t held = -1;
-  for (int64_t h = first; h < last; ++h) {
+  float* const heads = w.heads.data();
+  int64_t count = 0;
+  for (int64_t h = first; h < last; h += count) {
     const int64_t group = h / per_kv;
-    if (group != held) {
-      held = group;
-      std::fill(w.head.begin(), w.head.end(), 0.0f);
-      turn(b.k_norm, b.k_offset + group * d);
-      kernels.encode_kv(cache.format, head, cache.width, w.key.data(), &kv.last_key_scale);
-      collect(b.qkv, kQkv, b.v_offset + group * d, d, head);
-      kernels.encode_kv(cache.format, head, cache.width, w.value.data(), &kv.last_value_scale);
-      kv.keys = cache.keys(index, group);
-      kv.values = cache.values(index, group);
-      kv.key_scale = cache.key_scales(index, group);
-      kv.value_scale = cache.value_scales(index, group);
-      if (h == group * per_kv) {
-        std::memcpy(cache.keys(index, group) + position * bytes, w.key.data(),
-                    static_cast<size_t>(bytes));
-        std::memcpy(cache.values(index, group) + position * bytes, w.value.data(),
-                    static_cast<size_t>(bytes));
-        if (kv.key_scale != nullptr) {
-          cache.key_scales(index, group)[position] = kv.last_key_scale;
-          cache.value_scales(index, group)[position] = kv.last_value_scale;
-        }
+    count = std::min(last, (group + 1) * per_kv) - h;
+    turn(b.k_norm, b.k_offset + group * d, heads);
+    kernels.encode_kv(cache.format, heads, cache.width, w.key.data(), &kv.last_key_scale);
+    std::fill(heads, heads + cache.width, 0.0f);
+    collect(b.qkv, kQkv, b.v_offset + group * d, d, heads);
+    kernels.encode_kv(cache.format, heads, cache.width, w.value.data(), &kv.last_value_scale);
+    kv.keys = cache.keys(index, group);
+    kv.values = cache.values(index, group);
+    kv.key_scale = cache.key_scales(index, group);
+    kv.value_scale = cache.value_scales(index, group);
+    if (h == group * per_kv) {
+      std::memcpy(cache.keys(index, group) + position * bytes, w.key.data(),
+                  static_cast<size_t>(bytes));
+      std::memcpy(cache.values(index, group) + position * bytes, w.value.data(),
+                  static_cast<size_t>(bytes));
+      if (kv.key_scale != nullptr) {
+        cache.key_scales(index, group)[position] = kv.last_key_scale;
+        cache.value_scales(index, group)[position] = kv.last_value_scale;
       }
     }
-    std::fill(w.head.begin(), w.head.end(), 0.0f);
-    turn(b.q_norm, b.q_offset + h * d);
-    kernels.attend(kv, head, model.attention_scale, model.attention_softcap, w.scores.data(),
-                   w.out.data());
-    std::memcpy(attended.data() + h * d, w.out.data(), sizeof(float) * static_cast<size_t>(d));
+    for (int64_t i = 0; i < count; ++i) {
+      turn(b.q_norm, b.q_offset + (h + i) * d, heads + i * cache.width);
+    }
+    kernels.attend(kv, heads, count, model.attention_scale, model.attention_softcap,
+                   w.scores.data(), w.out.data());
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(attended.data() + (h + i) * d, w.out.data() + i * cache.width,
+                  sizeof(float) * static_cast<size_t>(d));
+    }
   }
 }
 

@@ -17,7 +17,7 @@ namespace acttail {
 struct Worker {
   explicit Worker(const acttail_model& m);
   Selection selection;
-  std::vector<float> stream, normed, inner, head, scores, out;
+  std::vector<float> stream, normed, inner, heads, scores, out;
   std::vector<uint8_t> key, value;
   double read = 0;
 };

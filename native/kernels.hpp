@@ -68,9 +68,10 @@ struct Kernels {
   void (*activate)(const float* gate, const float* up, int64_t n, int32_t kind, float* y);
   // Rotates pairs (i, i + half) of one head; cos and sin are [half].
   void (*rope)(float* head, const float* cos, const float* sin, int64_t half);
-  // One query head over its cached keys and values; see attention.inc.
-  void (*attend)(const KvHead& kv, const float* query, float scale, float softcap, float* scores,
-                 float* out);
+  // Query heads [heads][kv.width] that share one cached head; out is the same shape, scores
+  // [kMostHeads][kv.length]. See attention.inc.
+  void (*attend)(const KvHead& kv, const float* queries, int64_t heads, float scale, float softcap,
+                 float* scores, float* out);
   // Writes one key or value of `width` floats into cache storage.
   void (*encode_kv)(int32_t format, const float* x, int64_t width, void* data, float* scale);
   void (*decode_kv)(int32_t format, const void* data, float scale, int64_t width, float* x);

@@ -45,6 +45,9 @@ inline float32x4_t scale2(float32x4_t p, float32x4_t n) {
 inline F scale2(F p, F n) { return {scale2(p.a, n.a), scale2(p.b, n.b)}; }
 
 inline float sum(F v) { return vaddvq_f32(vaddq_f32(v.a, v.b)); }
+inline void sum_four(const F* v, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
+}
 inline float maximum(F v) { return vmaxvq_f32(vmaxq_f32(v.a, v.b)); }
 
 inline F load_bf16(const uint16_t* p) {
@@ -92,5 +95,6 @@ inline F low_nibble(Bytes b, Levels t) { return level(vand_u8(b.v, vdup_n_u8(15)
 inline F high_nibble(Bytes b, Levels t) { return level(vshr_n_u8(b.v, 4), t); }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace simd

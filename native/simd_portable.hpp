@@ -61,6 +61,9 @@ inline float sum(F a) {
   for (int i = 0; i < W; ++i) s += a.v[i];
   return s;
 }
+inline void sum_four(const F* v, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
+}
 inline float maximum(F a) {
   float m = a.v[0];
   for (int i = 1; i < W; ++i) m = a.v[i] > m ? a.v[i] : m;
@@ -119,5 +122,6 @@ inline F high_nibble(const Bytes& b, Levels t) {
 }
 
 inline void prefetch(const void*) {}
+inline void prefetch_near(const void*) {}
 
 }  // namespace simd
