@@ -91,7 +91,10 @@ def kept_rows(dtype, inputs, outputs):
 
 def table():
     found = common.rows("bandwidth")
-    latest = {(r["what"], r["dtype"], r["inputs"], r["outputs"], r["density"], r["reading_threads"]): r for r in found}
+    latest = {
+        (r["what"], r["dtype"], r["inputs"], r["outputs"], r["density"], r["reading_threads"]): r
+        for r in found
+    }
     lines = [
         "Weight bytes per second of one thread (scales not counted), in brackets the share of what plain reading gave "
         f"in the same round; medians of {ROUNDS} rounds.",
@@ -108,7 +111,8 @@ def table():
             if None in cells:
                 continue
             shown = " | ".join(
-                f"{float(r['gigabytes_per_second']):.1f} GB/s ({100 * float(r['ratio_median']):.0f} %)" for r in cells
+                f"{float(r['gigabytes_per_second']):.1f} GB/s ({100 * float(r['ratio_median']):.0f} %)"
+                for r in cells
             )
             size = shape_for(dtype, inputs, outputs).row_bytes
             lines.append(f"| {dtype} | {inputs:,} x {outputs:,} | {size:,} | {shown} |")

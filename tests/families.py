@@ -42,6 +42,10 @@ def _config(family: str) -> PreTrainedConfig:
             return LlamaConfig(**c)
         case "llama-mqa-tied":
             return LlamaConfig(**{**c, "num_key_value_heads": 1}, tie_word_embeddings=True)
+        case "llama-seven-heads":  # one group of more heads than the kernel takes at once
+            return LlamaConfig(
+                **{**c, "hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1}
+            )
         case "llama-odd":
             return LlamaConfig(**{**c, "hidden_size": 44, "intermediate_size": 67, "head_dim": 10})
         case "mistral":

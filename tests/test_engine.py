@@ -22,7 +22,8 @@ from acttail.text import Text
 
 pytestmark = pytest.mark.skipif(not cpu.status().available, reason="no native library")
 FAMILIES = [
-    "llama", "llama-mqa-tied", "llama-odd", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3",
+    "llama", "llama-mqa-tied", "llama-seven-heads", "llama-odd", "mistral", "qwen2", "qwen3", "gemma2",
+    "gemma3", "phi3",
 ]  # fmt: skip
 POSITIONS = 260
 

@@ -28,7 +28,7 @@ from acttail.engine.native import library, matrix_struct
 from acttail.errors import ActTailError
 
 pytestmark = pytest.mark.skipif(not cpu.status().available, reason="no native library")
-SHAPES = [(1, 1), (7, 5), (64, 64), (67, 130), (576, 192), (200, 1000)]
+SHAPES = [(1, 1), (7, 5), (64, 64), (67, 130), (576, 192), (200, 1000), (70, 2300)]
 CASES = [(d, None) for d in DTYPES] + [("int8", 0), ("int8", 32), ("int8", 128), ("int4", 128)]
 
 
@@ -73,14 +73,17 @@ def test_sparse_rows(dtype, group, shape):
 
 
 @pytest.mark.parametrize(("dtype", "group"), CASES)
-def test_dense_rows_and_a_prefix_of_columns(dtype, group):
-    form, tensors, w = packed(67, 200, dtype, group)
+@pytest.mark.parametrize(("d_out", "end"), [(200, 192), (700, 640), (2300, 2240)])
+def test_dense_rows_and_a_prefix_of_columns(dtype, group, d_out, end):
+    form, tensors, w = packed(67, d_out, dtype, group)
     x, y = torch.randn(67), torch.zeros(form.columns)
-    assert add_rows(tensors, form, None, x, 64, 192, y) == 0
+    assert add_rows(tensors, form, None, x, 64, end, y) == 0
     expected = w @ x.double()
-    torch.testing.assert_close(y[64:192].double(), expected[64:192], atol=2e-3, rtol=1e-5)
+    # int4: half a unit of 1/16383 of the largest x, times 67 levels of up to 15.
+    atol = 4e-3 if dtype == "int4" else 2e-3
+    torch.testing.assert_close(y[64:end].double(), expected[64:end], atol=atol, rtol=1e-5)
     assert not y[:64].any()
-    assert not y[192:].any()
+    assert not y[end:].any()
 
 
 @pytest.mark.parametrize(("dtype", "group"), CASES)
@@ -104,6 +107,17 @@ def test_nan_and_infinity_reach_the_output(dtype):
         add_rows(tensors, form, torch.tensor([3, 5], dtype=torch.int32), x, 0, 64, y)
         assert not bool(torch.isfinite(y).any()) or dtype == "int4"
         assert not bool(torch.isfinite(y).all())
+
+
+@pytest.mark.parametrize("group", [0, 32, 64])
+def test_nan_and_infinity_reach_the_logits(group):
+    form, tensors, _ = packed(576, 50, "int8", group, output_major=True)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x, y = torch.randn(form.columns), torch.zeros(50)
+        x[17] = value
+        struct = matrix_struct(tensors, form)
+        assert library().acttail_dot_rows(ctypes.byref(struct), x.data_ptr(), y.data_ptr()) == 0
+        assert not bool(torch.isfinite(y).any())
 
 
 def test_bad_arguments_are_refused():
