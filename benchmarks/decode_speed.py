@@ -1,11 +1,12 @@
 """Decoding and prefill speed, by turns: ours sparse and dense, llama.cpp, transformers.
 
 SmolLM2-135M at three widths, plans of `sensitivity` at S = 0.5 and 0.7; 128 tokens after a prompt of 128,
-medians of 7 rounds, one and two threads. Then four blocks of an 8B model's shapes with random weights.
+medians of 7 rounds, one and two threads. Then four blocks of an 8B model's shapes with random weights, and int8
+after longer prompts.
 Every row carries the perplexity and KL of that plan and width, as the native engine decodes it.
 Appends to decode_speed.csv; writes docs/performance.md's tables.
 
-    python benchmarks/decode_speed.py [--only speed,quality,large,prefill] [--table-only]
+    python benchmarks/decode_speed.py [--only speed,quality,large,prefill,contexts] [--table-only]
 """
 
 import argparse
@@ -140,6 +141,27 @@ def large():
             speed = measure(contestants, prompt(32, 1024), new_tokens=24, rounds=7)
             rows_of("8B shapes, 4 blocks", dtype, threads, speed, ours, [], {})
         del base, ours, contestants
+
+
+def contexts():
+    """int8 after prompts of several lengths: the KV cache is read whole whatever the plan drops."""
+    _, found = plans()
+    base = Engine.from_pretrained(MODEL, found[0.5], dtype="int8", native=True, threads=2)
+    ours = engines(base, found, 2)
+    for n in (128, 1024, 4096):
+        contestants = {name: EngineContestant(e) for name, e in ours.items()}
+        speed = measure(contestants, prompt(n, 49152), new_tokens=64, rounds=7)
+        for name, engine in ours.items():
+            ratio = speed.ratio(name, "dense")
+            row = {
+                "dtype": "int8", "engine": name, "prompt_tokens": n, "new_tokens": 64, "decode_threads": 2,
+                "tokens_per_second": round(speed.median(name), 2),
+                "bytes_per_token": round(bytes_per_token(engine, n + 32)),
+                "over_dense_median": round(ratio.median, 3), "over_dense_low": round(ratio.low, 3),
+                "over_dense_high": round(ratio.high, 3), "rounds": 7,
+            }  # fmt: skip
+            common.append("context_speed", row)
+            print(row, flush=True)
 
 
 def prefill():
@@ -278,9 +300,28 @@ def prefill_table():
     return "\n".join(lines)
 
 
+def context_table():
+    found = latest("context_speed", "prompt_tokens", "engine")
+    lengths = list(dict.fromkeys(key[0] for key in found))
+    names = ["dense", *(f"S={s}" for s in SPARSITIES)]
+    lines = [f"| prompt | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for n in lengths:
+        cells = []
+        for name in names:
+            r = found[n, name]
+            ratio = f"**{float(r['over_dense_median']):.2f}** ({float(r['over_dense_low']):.2f}–{float(r['over_dense_high']):.2f}), "
+            read = f"{float(r['bytes_per_token']) / 1e6:.0f} MB"
+            cells.append(
+                ("" if name == "dense" else ratio)
+                + f"{float(r['tokens_per_second']):.0f} tokens/s, {read}"
+            )
+        lines.append(f"| {int(n):,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="speed,large,prefill,quality")
+    parser.add_argument("--only", default="speed,large,prefill,quality,contexts")
     parser.add_argument("--widths", default=",".join(WIDTHS), help="of the part `speed`")
     parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
@@ -289,9 +330,12 @@ def main():
             if part == "speed":
                 small(args.widths.split(","))
             else:
-                {"large": large, "prefill": prefill, "quality": quality}[part]()
+                {"large": large, "prefill": prefill, "quality": quality, "contexts": contexts}[
+                    part
+                ]()
     common.fill("docs/performance.md", "decode", speed_table())
     common.fill("docs/performance.md", "prefill", prefill_table())
+    common.fill("docs/performance.md", "contexts", context_table())
     common.fill("README.md", "speed", readme_table())
 
 

@@ -15,11 +15,11 @@ def bench(
     model: Model,
     plan: Annotated[str | None, typer.Option(help="Plan file.")] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="Or a sparsity, the same everywhere [default: 0.5].")
+        float | None, typer.Option(help="Or a sparsity, the same everywhere; 0.5 by default.")
     ] = None,
     dtype: EngineDtype = "bf16",
     threads: Annotated[
-        int | None, typer.Option(help="Threads that decode [default: all cores].", min=1)
+        int | None, typer.Option(help="Threads that decode; all cores by default.", min=1)
     ] = None,
     prompt_tokens: Annotated[
         str,

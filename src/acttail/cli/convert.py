@@ -22,7 +22,7 @@ def convert(
     dtype: EngineDtype = "bf16",
     head_dtype: Annotated[
         str | None,
-        typer.Option(help="Embedding and output head [default: int8; fp32 for fp32]."),
+        typer.Option(help="Embedding and output head; by default int8, and fp32 for fp32."),
     ] = None,
     group: Annotated[
         int | None, typer.Option(help="Inputs that share a scale in int8 and int4; 0 for one each.")

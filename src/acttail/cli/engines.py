@@ -23,7 +23,7 @@ AnyDtype = Annotated[
     str, typer.Option(help="bf16, fp32, int8 or int4; float16 with --engine transformers.")
 ]
 Threads = Annotated[
-    int | None, typer.Option(help="Threads that decode [default: all cores].", min=1)
+    int | None, typer.Option(help="Threads that decode; all cores by default.", min=1)
 ]
 
 

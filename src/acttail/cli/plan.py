@@ -49,7 +49,7 @@ def plan(
         float | None, typer.Option(help="Instead: most KL to the dense model, nats per token.")
     ] = None,
     allocator: Annotated[
-        str | None, typer.Option(help="The rule that makes the budget [default: acttail].")
+        str | None, typer.Option(help="The rule that makes the budget; acttail by default.")
     ] = None,
     rule: Annotated[
         str | None, typer.Option(help="Which entries stay: topk, wina or threshold.")
