@@ -17,8 +17,8 @@ import common
 import torch
 
 from acttail.engine.layout import shape_for
-from acttail.engine.native import library, matrix_struct
-from acttail.engine.store import allocate
+from acttail.engine.native import library
+from acttail.engine.tune import spread
 from acttail.evaluate.speed import bandwidth
 
 SPREAD = 512 << 20
@@ -52,15 +52,7 @@ def plain():
 def kept_rows(dtype, inputs, outputs):
     """Weight bytes per second of one thread at each density, over plain reading in the same round."""
     shape = shape_for(dtype, inputs, outputs)
-    copies = max(2, SPREAD // (shape.rows * shape.row_bytes))
-    names = [f"{i}.{k}" for i in range(copies) for k in shape.tensors()]
-    tensors, _arena = allocate({n: shape.tensors()[n.partition(".")[2]] for n in names})
-    for tensor in tensors.values():
-        tensor.fill_(1)
-    structs = [
-        matrix_struct({k: tensors[f"{i}.{k}"] for k in shape.tensors()}, shape)
-        for i in range(copies)
-    ]
+    structs, _memory = spread(shape, SPREAD)
     y = torch.zeros(shape.columns)
     generator = torch.Generator().manual_seed(0)
     found = {d: [] for d in DENSITIES}

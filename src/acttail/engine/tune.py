@@ -75,6 +75,28 @@ def table() -> dict[str, float]:
     return {}
 
 
+def spread(shape: Shape, size: int) -> tuple[list[cpu.Matrix], object]:
+    """Copies of a matrix of ones that fill memory, so that no cache holds what a kernel reads next.
+
+    Args:
+        shape: of an input-major matrix.
+        size: bytes to fill; at least two copies and at most 4,096 are made.
+
+    Returns:
+        The copies, and what must be kept for as long as they are read.
+    """
+    copies = max(2, min(4096, size // max(shape.rows * shape.row_bytes, 1)))
+    sizes = {f"{i}.{k}": v for i in range(copies) for k, v in shape.tensors().items()}
+    tensors, arena = allocate(sizes)
+    for tensor in tensors.values():
+        tensor.fill_(1)
+    found = [
+        matrix_struct({k: tensors[f"{i}.{k}"] for k in shape.tensors()}, shape)
+        for i in range(copies)
+    ]
+    return found, (tensors, arena)
+
+
 def measure(shape: Shape) -> Crossover:
     """Time the sparse kernel against the dense one over densities, by turns.
 
@@ -85,16 +107,7 @@ def measure(shape: Shape) -> Crossover:
         ActTailError: no native library.
     """
     lib = library()
-    size = shape.rows * shape.row_bytes
-    copies = max(2, min(256, _SPREAD_BYTES // max(size, 1)))
-    sizes = {f"{i}.{k}": v for i in range(copies) for k, v in shape.tensors().items()}
-    tensors, _arena = allocate(sizes)
-    for tensor in tensors.values():
-        tensor.fill_(1)
-    structs = [
-        matrix_struct({k: tensors[f"{i}.{k}"] for k in shape.tensors()}, shape)
-        for i in range(copies)
-    ]
+    structs, _memory = spread(shape, _SPREAD_BYTES)
     y = torch.zeros(shape.columns)
     generator = torch.Generator().manual_seed(0)
 
