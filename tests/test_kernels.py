@@ -79,8 +79,8 @@ def test_dense_rows_and_a_prefix_of_columns(dtype, group, d_out, end):
     x, y = torch.randn(67), torch.zeros(form.columns)
     assert add_rows(tensors, form, None, x, 64, end, y) == 0
     expected = w @ x.double()
-    # int4: half a unit of 1/16383 of the largest x, times 67 levels of up to 15.
-    atol = 4e-3 if dtype == "int4" else 2e-3
+    # int4: half a unit of 1/16383 of the largest x, times 67 levels of up to 15; more outputs, a worse worst.
+    atol = 4e-3 if dtype == "int4" and d_out > 200 else 2e-3
     torch.testing.assert_close(y[64:end].double(), expected[64:end], atol=atol, rtol=1e-5)
     assert not y[:64].any()
     assert not y[end:].any()
