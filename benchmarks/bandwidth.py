@@ -7,17 +7,16 @@ Appends to bandwidth.csv and fills the table of docs/performance.md.
     python benchmarks/bandwidth.py [--table-only]
 """
 
-import argparse
 import ctypes
 import mmap
 import statistics
 import time
 
-import common
 import torch
+from common import On, Rows, fill, options
 
-from acttail.engine.layout import shape_for
 from acttail.engine.native import library
+from acttail.engine.shapes import shape_for
 from acttail.engine.tune import spread
 from acttail.evaluate.speed import bandwidth
 
@@ -37,19 +36,19 @@ def ordinary(threads):
     return SPREAD / library().acttail_read_seconds(buffer.data_ptr(), SPREAD // 8, threads)
 
 
-def plain():
+def plain(rows):
     for threads in (1, 2):
         pairs = [(bandwidth(threads, rounds=1), ordinary(threads)) for _ in range(ROUNDS)]
         ratios = [h / o for h, o in pairs]
-        common.append("bandwidth", {
+        rows.append({
             "what": "plain reading", "dtype": "", "inputs": "", "outputs": "", "density": "", "reading_threads": threads,
             "gigabytes_per_second": round(statistics.median(h for h, _ in pairs) / 1e9, 2),
             "over": "ordinary pages", "ratio_median": round(statistics.median(ratios), 3),
             "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3), "rounds": ROUNDS,
-        })  # fmt: skip
+        }, On())  # fmt: skip
 
 
-def kept_rows(dtype, inputs, outputs):
+def kept_rows(rows, dtype, inputs, outputs):
     """Weight bytes per second of one thread at each density, over plain reading in the same round."""
     shape = shape_for(dtype, inputs, outputs)
     structs, _memory = spread(shape, SPREAD)
@@ -72,21 +71,15 @@ def kept_rows(dtype, inputs, outputs):
             found[density].append((read, read / reference))
     for density, pairs in found.items():
         shares = [s for _, s in pairs]
-        common.append("bandwidth", {
+        rows.append({
             "what": "kept rows", "dtype": dtype, "inputs": inputs, "outputs": outputs, "density": density,
             "reading_threads": 1, "gigabytes_per_second": round(statistics.median(r for r, _ in pairs) / 1e9, 2),
             "over": "plain reading", "ratio_median": round(statistics.median(shares), 3),
             "ratio_low": round(min(shares), 3), "ratio_high": round(max(shares), 3), "rounds": ROUNDS,
-        })  # fmt: skip
-        print(dtype, inputs, outputs, density, round(statistics.median(shares), 3), flush=True)
+        }, On())  # fmt: skip
 
 
-def table():
-    found = common.rows("bandwidth")
-    latest = {
-        (r["what"], r["dtype"], r["inputs"], r["outputs"], r["density"], r["reading_threads"]): r
-        for r in found
-    }
+def table(latest):
     lines = [
         "Weight bytes per second of one thread (scales not counted), in brackets the share of what plain reading gave "
         f"in the same round; medians of {ROUNDS} rounds.",
@@ -120,14 +113,15 @@ def table():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table-only", action="store_true")
-    if not parser.parse_args().table_only:
-        plain()
+    args = options(__doc__, "table").parse_args()
+    rows = Rows("bandwidth", args.out)
+    if not args.table_only:
+        plain(rows)
         for dtype in ("bf16", "int8", "int4"):
             for inputs, outputs in SHAPES:
-                kept_rows(dtype, inputs, outputs)
-    common.fill("docs/performance.md", "bandwidth", table())
+                kept_rows(rows, dtype, inputs, outputs)
+    latest = rows.latest("what", "dtype", "inputs", "outputs", "density", "reading_threads")
+    fill(args.out, "docs/performance.md", "bandwidth", table(latest))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,34 @@
-"""Every allocator at equal sparsity: perplexity, KL and top-1 agreement on WikiText-2 test.
+"""Every allocator at equal sparsity: perplexity, KL and top-1 agreement.
 
-SmolLM2-135M, 32,768 tokens in windows of 1,024, all sparse; calibrated rules see 16,384 tokens of the
-validation split. A second scored text, Python's documentation, shows whether a rule is over-fitted.
-Appends to calibrated.csv and skips what is there; losses per window are kept for paired comparison.
+SmolLM2-135M, 32,768 tokens of WikiText-2 test in windows of 1,024, all sparse; calibrated rules see 16,384 tokens of
+the validation split. A second scored text, Python's documentation, shows whether a rule is over-fitted; where there
+is no WikiText-2 it is the only one. Appends to calibrated.csv and skips what is there; losses per window are kept for paired comparison.
 
-    python benchmarks/calibrated.py [--text wikitext|python-docs] [--sparsity 0.5,0.6,0.7] [--table-only]
+    python benchmarks/calibrated.py [--corpus wikitext|python-docs] [--sparsity 0.5,0.6,0.7] [--table-only]
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import time
 
-import common
 import torch
+from common import SCORED, On, Rows, fill, label, options
 
 import acttail
 from acttail.allocate import AllocationContext, make_plan
 from acttail.allocate.sensitivity import curves_for
-from acttail.calibrate import Calibration
-from acttail.checkpoint import LoadedWeights
+from acttail.calibrate.calibration import Calibration
+from acttail.calibrate.text import read_text
 from acttail.errors import BudgetError
-from acttail.evaluate.perplexity import DenseLogits
+from acttail.evaluate.dense_logits import DenseLogits
 from acttail.evaluate.tasks import paired_interval
-from acttail.text import read_text
+from acttail.model.weights import LoadedWeights
 
+PYTHON = "python-docs:score"
+# WikiText-2 test where it is there; a second text shows whether a rule is over-fitted to the first.
+TEXTS = {"python-docs": PYTHON} if SCORED == PYTHON else {"wikitext": SCORED, "python-docs": PYTHON}
 TOKENS = {"wikitext": 32768, "python-docs": 16384}
-TEXTS = {"wikitext": str(common.WIKITEXT_TEST), "python-docs": "python-docs:score"}
 # (allocator, rule), best first. A threshold's sparsity drifts on text it was not set on, so each such cell
 # is measured at two requests and read off at the wanted realised sparsity.
 RULES = (
@@ -45,17 +46,16 @@ VARIANTS = {("greedy", "threshold"), ("uniform", "threshold")}
 class Bench:
     """One model, one text, one calibration; cells are appended to the CSV as they are measured."""
 
-    def __init__(self, which):
-        self.which = which
-        self.done = {
-            (r["text"], r["allocator"], r["rule"], r["sparsity"]) for r in common.rows("calibrated")
-        }
-        self.model, self.tokenizer = acttail.load("smollm2-135m", dtype="bfloat16")
-        self.text = read_text(TEXTS[which])
+    def __init__(self, args, rows):
+        self.which, self.rows = args.corpus, rows
+        self.model, self.tokenizer = acttail.load(args.model, dtype="bfloat16")
+        self.text = read_text(TEXTS[args.corpus])
         self.calibration = Calibration(
-            self.model, self.tokenizer, read_text(common.WIKITEXT_VALIDATION), tokens=16384
+            self.model, self.tokenizer, read_text(args.calibration), tokens=args.calibration_tokens
         )
-        # Quantiles need less text than curves do; both share what was measured.
+        self.on = On(label(args.model), self.text.name, self.calibration.text.name)
+        self.done = rows.done(self.on, "allocator", "rule", "sparsity")
+        # Quantiles need less text than curves do.
         self.short = dataclasses.replace(self.calibration, tokens=4096)
         self.context = AllocationContext(LoadedWeights(self.model), calibration=self.calibration)
         self.dense_logits = DenseLogits()
@@ -65,13 +65,22 @@ class Bench:
         started = time.perf_counter()
         if name != "dense":
             if name in ("sensitivity", "refined"):
-                curves_for(self.context, {"loss": "fisher"})
+                self.context.curves = curves_for(self.context, {"loss": "fisher"})
             measures = rule in ("threshold", "cats") and name != "greedy"
             self.context.calibration = self.short if measures else self.calibration
             if name == "greedy":
-                make_plan(self.model, request, allocator=name, rule="topk", context=self.context)
+                make_plan(
+                    self.model,
+                    request,
+                    allocator=name,
+                    rule="topk",
+                    context=self.context,
+                    head=False,
+                )
                 self.context.calibration = self.short if rule == "threshold" else self.calibration
-            plan = make_plan(self.model, request, allocator=name, rule=rule, context=self.context)
+            plan = make_plan(
+                self.model, request, allocator=name, rule=rule, context=self.context, head=False
+            )
             acttail.sparsify_(self.model, plan, check_contents=False)
         seconds = time.perf_counter() - started
         metrics = ("perplexity",) if name == "dense" else ("perplexity", "kl", "top1")
@@ -84,7 +93,7 @@ class Bench:
 
     def cell(self, name, rule, sparsity):
         """Measure one cell and append it, unless it is there."""
-        if (self.which, name, rule, str(sparsity)) in self.done:
+        if (name, rule, str(sparsity)) in self.done:
             return
         try:
             result, seconds = self.score(name, rule, sparsity)
@@ -113,15 +122,10 @@ class Bench:
             "tokens", "dtype", "prefill", "realised_sparsity", "perplexity", "perplexity_stderr", "nll", "kl",
             "kl_stderr", "top1", "top1_stderr", "plan_seconds", "nll_by_window", "note",
         )  # fmt: skip
-        common.append("calibrated", {
-            "text": self.which, "text_name": self.text.name, "model": "smollm2-135m GGUF Q4_1", "window": 1024,
-            "allocator": name, "rule": rule, "calibration": self.calibration.text.name,
-            "calibration_tokens": self.calibration.tokens, "sparsity": sparsity,
+        self.rows.append({
+            "corpus": self.which, "window": 1024, "allocator": name, "rule": rule, "calibration_tokens": self.calibration.tokens, "sparsity": sparsity,
             **{c: values.get(c, "") for c in columns},
-        })  # fmt: skip
-        print(
-            self.which, name, rule, sparsity, values.get("perplexity", values["note"]), flush=True
-        )
+        }, self.on)  # fmt: skip
 
 
 def figures(result):
@@ -144,12 +148,12 @@ def mixed(a, b, share):
     return out | {"perplexity": math.exp(out["nll"]), "nll_by_window": json.dumps(windows)}
 
 
-def measure(which, sparsities):
-    bench = Bench(which)
+def measure(args, rows):
+    bench = Bench(args, rows)
     bench.cell("dense", "topk", 0)
-    for sparsity in sparsities:
+    for sparsity in map(float, args.sparsity.split(",")):
         for name, rule in RULES:
-            main = which == "wikitext" and sparsity == 0.6
+            main = args.corpus == "wikitext" and sparsity == 0.6
             if (name in HOPELESS and not main) or (
                 (name, rule) in VARIANTS and not main and sparsity not in (0.5, 0.7)
             ):
@@ -162,12 +166,7 @@ def paired(a, b):
     return paired_interval(json.loads(a["nll_by_window"]), json.loads(b["nll_by_window"]))
 
 
-def table(which):
-    latest = {
-        (r["allocator"], r["rule"], float(r["sparsity"])): r
-        for r in common.rows("calibrated")
-        if r["text"] == which
-    }
+def table(latest):
     if ("dense", "topk", 0.0) not in latest:
         return "Not measured yet."
     dense = float(latest["dense", "topk", 0.0]["perplexity"])
@@ -203,15 +202,17 @@ def table(which):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", choices=list(TEXTS), default="wikitext")
+    parser = options(__doc__, "model", "calibration", "table")
+    parser.add_argument("--corpus", choices=list(TEXTS), default=next(iter(TEXTS)))
     parser.add_argument("--sparsity", default="0.6,0.5,0.7")
-    parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
+    rows = Rows("calibrated", args.out)
     if not args.table_only:
-        measure(args.text, [float(s) for s in args.sparsity.split(",")])
-    for which in TEXTS:
-        common.fill("docs/results.md", f"calibrated {which}", table(which))
+        measure(args, rows)
+    for which in ("wikitext", "python-docs"):
+        found = rows.latest("allocator", "rule", "sparsity", corpus=which)
+        latest = {(n, rule, float(s)): r for (n, rule, s), r in found.items()}
+        fill(args.out, "docs/results.md", f"calibrated {which}", table(latest))
 
 
 if __name__ == "__main__":

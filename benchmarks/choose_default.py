@@ -1,24 +1,23 @@
 """Which data-free rule should be the default? Evidence on calibration text only.
 
-Scores every estimator x granularity x scale on text that no result is ever reported on: WikiText-2
-validation and one half of Python's documentation. Appends to choose_default.csv and skips what is
+Scores every estimator x granularity x scale on text that no result is ever reported on: one half of Python's
+documentation and, where it is there, WikiText-2 validation. Appends to choose_default.csv and skips what is
 there, so it can be stopped and resumed.
 
     python benchmarks/choose_default.py [--tokens 8192]
 """
 
-import argparse
-
-import common
+from common import CALIBRATION, On, Rows, label, options
 
 import acttail
 from acttail.allocate import AllocationContext, make_plan
-from acttail.checkpoint import LoadedWeights
+from acttail.calibrate.text import read_text
+from acttail.model.weights import LoadedWeights
 
-TEXTS = {
-    "wikitext-validation": str(common.WIKITEXT_VALIDATION),
-    "python-docs": "python-docs:calibration",
-}
+PYTHON = "python-docs:calibration"
+TEXTS = {"python-docs": PYTHON}
+if CALIBRATION != PYTHON:
+    TEXTS = {"wikitext-validation": CALIBRATION, **TEXTS}
 
 
 def candidates():
@@ -49,35 +48,31 @@ def candidates():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--model", default="smollm2-135m")
-    args = parser.parse_args()
+    args = options(__doc__, "model", tokens=8192).parse_args()
+    rows = Rows("choose_default", args.out)
     model, tokenizer = acttail.load(args.model, dtype="bfloat16")
     context = AllocationContext(LoadedWeights(model))
-    done = {
-        (r["text"], r["allocator"], r["arguments"], r["sparsity"])
-        for r in common.rows("choose_default")
-    }
     for sparsity in (0.6, 0.7):
-        for text, place in TEXTS.items():
+        for corpus, place in TEXTS.items():
+            text = read_text(place)
+            on = On(label(args.model), text.name)
+            done = rows.done(on, "allocator", "arguments", "sparsity")
             for allocator, arguments in candidates():
-                if (text, allocator, str(arguments), str(sparsity)) in done:
+                if (allocator, str(arguments), str(sparsity)) in done:
                     continue
                 plan = make_plan(
                     model, sparsity, allocator=allocator, arguments=arguments, context=context
                 )
                 acttail.sparsify_(model, plan, check_contents=False)
-                result = acttail.perplexity(model, tokenizer, place, tokens=args.tokens)
+                result = acttail.perplexity(model, tokenizer, text, tokens=args.tokens)
                 acttail.densify_(model)
-                common.append("choose_default", {
-                    "text": text, "allocator": allocator, "arguments": str(arguments), "sparsity": sparsity,
+                rows.append({
+                    "corpus": corpus, "allocator": allocator, "arguments": str(arguments), "sparsity": sparsity,
                     "realised_sparsity": round(result.realised.model, 5),
                     "perplexity": round(result.perplexity, 4),
                     "perplexity_stderr": round(result.perplexity_stderr, 4),
                     "tokens": result.tokens, "window": result.window, "dtype": result.dtype,
-                })  # fmt: skip
-                print(text, sparsity, allocator, arguments, round(result.perplexity, 2), flush=True)
+                }, on)  # fmt: skip
 
 
 if __name__ == "__main__":

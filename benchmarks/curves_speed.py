@@ -6,20 +6,21 @@ then the fast version once on 4,096 tokens. Appends to curves_speed.csv.
     python benchmarks/curves_speed.py [--rounds 3]
 """
 
-import argparse
 import time
 
-import common
 import torch
+from common import On, Rows, label, options
 from timing import by_turns, ratio
 
 import acttail
-from acttail.budget import kept_entries
-from acttail.calibrate import Calibration, fisher_objective
-from acttail.curves import GRID, measure
-from acttail.ops import topk_mask
-from acttail.projections import find_projections, weight_of
-from acttail.text import read_text
+from acttail.calibrate.calibration import Calibration
+from acttail.calibrate.losses import GRID
+from acttail.calibrate.measure import measure
+from acttail.calibrate.tape import fisher_objective
+from acttail.calibrate.text import read_text
+from acttail.maths.budget import kept_entries
+from acttail.model.projections import find_projections, weight_of
+from acttail.sparse.ops import topk_mask
 
 
 def naive(model, ids):
@@ -59,10 +60,8 @@ def naive(model, ids):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    model, tokenizer = acttail.load("smollm2-135m", dtype="bfloat16")
+    args = options(__doc__, "model", rounds=3).parse_args()
+    model, tokenizer = acttail.load(args.model, dtype="bfloat16")
     text = read_text("python-docs:calibration")
     short = Calibration(model, tokenizer, text, tokens=1024)
     ids = short.batches()
@@ -74,12 +73,11 @@ def main():
     started = time.perf_counter()
     measure(Calibration(model, tokenizer, text, tokens=4096), resume=False)
     whole = time.perf_counter() - started
-    print("naive over fast", r, "fast, 4,096 tokens, s:", round(whole, 1))
-    common.append("curves_speed", {
-        "model": "smollm2-135m GGUF Q4_1", "dtype": "bfloat16", "grid_points": len(GRID), "tokens": 1024,
+    Rows("curves_speed", args.out).append({
+        "dtype": "bfloat16", "grid_points": len(GRID), "tokens": 1024,
         **{f"naive_over_fast_{k}": v for k, v in r.items()}, "rounds": args.rounds,
         "fast_seconds_4096_tokens": round(whole, 1),
-    })  # fmt: skip
+    }, On(label(args.model), calibration=text.name))  # fmt: skip
 
 
 if __name__ == "__main__":

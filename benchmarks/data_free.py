@@ -7,50 +7,46 @@ docs/results.md.
     python benchmarks/data_free.py [--table-only]
 """
 
-import argparse
 import math
 
-import common
 import torch
+from common import HERE, On, Rows, fill, label, options
 
 import acttail
 from acttail.allocate import AllocationContext, make_plan
-from acttail.checkpoint import LoadedWeights
-from acttail.evaluate.perplexity import clustered_mean
-from acttail.text import read_text
+from acttail.calibrate.text import read_text
+from acttail.maths.losses import clustered_mean
+from acttail.model.weights import LoadedWeights
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.7)
 ALLOCATORS = {
     "uniform": {}, "acttail": {}, "theory-capacity": {}, "theory-importance": {}, "depth": {},
     "permuted": {}, "reversed": {}, "per-type": {}, "energy": {},
 }  # fmt: skip
-TOKENS, WINDOW = 16384, 1024
-RESULTS = common.HERE.parent / "docs" / "results.md"
-BEGIN, END = "<!-- data_free: begin -->", "<!-- data_free: end -->"
 
 
-def measure():
-    done = {(r["allocator"], r["sparsity"]) for r in common.rows("data_free")}
-    model, tokenizer = acttail.load("smollm2-135m", dtype="bfloat16")
-    text = read_text(common.WIKITEXT_TEST)
+def measure(args, rows):
+    text = read_text(args.text)
+    on = On(label(args.model), text.name)
+    done = rows.done(on, "allocator", "sparsity")
+    model, tokenizer = acttail.load(args.model, dtype="bfloat16")
     context = AllocationContext(LoadedWeights(model))
 
     def run(name, sparsity, uniform):
-        result = acttail.perplexity(model, tokenizer, text, tokens=TOKENS, window=WINDOW)
+        result = acttail.perplexity(model, tokenizer, text, tokens=args.tokens, window=args.window)
         paired = (None, None)
         if uniform is not None:
             difference = result.token_nll - uniform.token_nll
             paired = clustered_mean(difference, torch.isfinite(difference))
-        common.append("data_free", {
-            "model": "smollm2-135m GGUF Q4_1", "text": text.name, "tokens": result.tokens, "window": WINDOW,
+        rows.append({
+            "tokens": result.tokens, "window": result.window,
             "dtype": result.dtype, "prefill": result.prefill, "bos": result.bos, "allocator": name,
             "arguments": "" if name == "dense" else str(plan.arguments), "sparsity": sparsity,
             "realised_sparsity": round(result.realised.model, 6) if result.realised else 0.0,
             "perplexity": round(result.perplexity, 4), "perplexity_stderr": round(result.perplexity_stderr, 4),
             "nll": round(result.nll, 6), "nll_minus_uniform": paired[0] and round(paired[0], 5),
             "nll_minus_uniform_stderr": paired[1] and round(paired[1], 5),
-        })  # fmt: skip
-        print(name, sparsity, round(result.perplexity, 2), flush=True)
+        }, on)  # fmt: skip
         return result
 
     if ("dense", "0") not in done:
@@ -64,15 +60,16 @@ def measure():
             if uniform is None and name != "uniform":
                 flat = make_plan(model, sparsity, allocator="uniform", context=context)
                 acttail.sparsify_(model, flat, check_contents=False)
-                uniform = acttail.perplexity(model, tokenizer, text, tokens=TOKENS, window=WINDOW)
+                uniform = acttail.perplexity(
+                    model, tokenizer, text, tokens=args.tokens, window=args.window
+                )
             acttail.sparsify_(model, plan, check_contents=False)
             result = run(name, sparsity, uniform)
             uniform = result if name == "uniform" else uniform
             acttail.densify_(model)
 
 
-def table() -> str:
-    latest = {(r["allocator"], float(r["sparsity"])): r for r in common.rows("data_free")}
+def table(latest) -> str:
     dense = latest["dense", 0.0]
     lines = [
         f"Dense: {float(dense['perplexity']):.2f} ± {float(dense['perplexity_stderr']):.2f}. "
@@ -115,9 +112,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def readme_table() -> str:
-    latest = {(r["allocator"], float(r["sparsity"])): r for r in common.rows("data_free")}
-
+def readme_table(latest) -> str:
     def cell(name, s):
         r = latest[name, s]
         return f"{float(r['perplexity']):.1f} ± {float(r['perplexity_stderr']):.1f}"
@@ -126,12 +121,12 @@ def readme_table() -> str:
         "| | " + " | ".join(f"S = {s}" for s in SPARSITIES) + " |",
         "|---" * (len(SPARSITIES) + 1) + "|",
     ]
-    for name, label in (
+    for name, shown in (
         ("uniform", "uniform TopK"),
         ("acttail", "acttail (default)"),
         ("depth", "control: depth"),
     ):
-        lines.append(f"| {label} | " + " | ".join(cell(name, s) for s in SPARSITIES) + " |")
+        lines.append(f"| {shown} | " + " | ".join(cell(name, s) for s in SPARSITIES) + " |")
     dense = latest["dense", 0.0]
     lines.append("")
     lines.append(
@@ -147,11 +142,10 @@ def readme_table() -> str:
     return "\n".join(lines)
 
 
-def picture() -> None:
+def picture(latest) -> None:
     """docs/images/data_free.svg: perplexity against realised sparsity."""
     from acttail.report.charts import line_chart
 
-    latest = {(r["allocator"], float(r["sparsity"])): r for r in common.rows("data_free")}
     series = {
         name: [
             (float(latest[name, s]["realised_sparsity"]), float(latest[name, s]["perplexity"]),
@@ -171,23 +165,22 @@ def picture() -> None:
         '<rect width="100%" height="100%" fill="#fff"/>'
     )
     head, rest = svg.split(">", 1)
-    path = common.HERE.parent / "docs" / "images" / "data_free.svg"
+    path = HERE.parent / "docs" / "images" / "data_free.svg"
     path.write_text(f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n')
 
 
-def rewrite(path, text):
-    page = path.read_text()
-    path.write_text(f"{page.split(BEGIN)[0]}{BEGIN}\n{text}\n{END}{page.split(END)[1]}")
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table-only", action="store_true")
-    if not parser.parse_args().table_only:
-        measure()
-    picture()
-    rewrite(RESULTS, table())
-    rewrite(common.HERE.parent / "README.md", readme_table())
+    parser = options(__doc__, "model", "text", "table", tokens=16384)
+    parser.add_argument("--window", type=int, default=1024)
+    args = parser.parse_args()
+    rows = Rows("data_free", args.out)
+    if not args.table_only:
+        measure(args, rows)
+    latest = {(n, float(s)): r for (n, s), r in rows.latest("allocator", "sparsity").items()}
+    if args.out == HERE:
+        picture(latest)
+    fill(args.out, "docs/results.md", "data_free", table(latest))
+    fill(args.out, "README.md", "data_free", readme_table(latest))
 
 
 if __name__ == "__main__":

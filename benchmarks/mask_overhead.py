@@ -6,24 +6,23 @@ One window of 1,024 tokens of SmolLM2-135M per pass, native kernels, the referen
     python benchmarks/mask_overhead.py [--rounds 7]
 """
 
-import argparse
-
-import common
 import torch
+from common import On, Rows, label, options
 from timing import by_turns, ratio
 
 import acttail
-from acttail.projections import find_projections
+from acttail.model.projections import find_projections
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = options(__doc__, "model", rounds=7)
+    parser.add_argument("--tokens", type=int, default=1024)
     args = parser.parse_args()
+    rows = Rows("mask_overhead", args.out)
     for dtype in ("bfloat16", "float32"):
-        dense, _ = acttail.load("smollm2-135m", dtype=dtype)
-        sparse, _ = acttail.load("smollm2-135m", dtype=dtype)
-        naive, _ = acttail.load("smollm2-135m", dtype=dtype)
+        dense, _ = acttail.load(args.model, dtype=dtype)
+        sparse, _ = acttail.load(args.model, dtype=dtype)
+        naive, _ = acttail.load(args.model, dtype=dtype)
         plan = acttail.make_plan(dense, 0.5)
         acttail.sparsify_(sparse, plan)
         for p in find_projections(naive):
@@ -36,7 +35,9 @@ def main():
                 return (x * (magnitude >= threshold),)
 
             naive.get_submodule(p.module).register_forward_pre_hook(mask)
-        ids = torch.randint(0, 49152, (1, 1024), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            0, dense.config.vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0)
+        )
 
         with torch.inference_mode():
             seconds = by_turns(
@@ -46,12 +47,11 @@ def main():
             )  # fmt: skip
         for name in ("sparse", "naive"):
             r = ratio(seconds, name, "dense")
-            print(dtype, name, "over dense", r)
-            common.append("mask_overhead", {
-                "model": "smollm2-135m GGUF Q4_1", "dtype": dtype, "tokens": 1024, "what": f"{name} / dense",
+            rows.append({
+                "dtype": dtype, "tokens": args.tokens, "what": f"{name} / dense",
                 **{f"ratio_{k}": v for k, v in r.items()}, "rounds": args.rounds,
                 "dense_seconds_median": round(sorted(seconds["dense"])[args.rounds // 2], 3),
-            })  # fmt: skip
+            }, On(label(args.model), "random tokens"))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ native_linear.csv.
     python benchmarks/native_linear.py
 """
 
-import common
-import torch
+from common import On, Rows, label, options
+from decoding import RANDOM, over, prompt
 
 import acttail
 from acttail.allocate import make_plan
@@ -15,29 +15,30 @@ from acttail.evaluate.speed import EagerContestant, measure
 
 
 def main():
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(5000, 49152, (64,), generator=generator)
+    parser = options(__doc__, "model", rounds=5)
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="of the prompt, and decoded after it"
+    )
+    args = parser.parse_args()
+    rows = Rows("native_linear", args.out)
     for dtype in ("bfloat16", "float32"):
         models = {
-            n: acttail.load("smollm2-135m", dtype=dtype)[0] for n in ("dense", "masked", "native")
+            n: acttail.load(args.model, dtype=dtype)[0] for n in ("dense", "masked", "native")
         }
         for sparsity in (0.5, 0.7):
             plan = make_plan(models["dense"], sparsity, allocator="uniform")
             acttail.sparsify_(models["masked"], plan)
             acttail.sparsify_(models["native"], plan, native=True)
             contestants = {n: EagerContestant(m) for n, m in models.items()}
-            speed = measure(contestants, prompt, new_tokens=64, rounds=5)
+            ids = prompt(args.tokens, models["dense"].config.vocab_size)
+            speed = measure(contestants, ids, new_tokens=args.tokens, rounds=args.rounds)
             for name in ("masked", "native"):
-                ratio = speed.ratio(name, "dense")
-                row = {
-                    "model": "smollm2-135m", "dtype": dtype, "sparsity": sparsity, "what": name,
+                rows.append({
+                    "dtype": dtype, "sparsity": sparsity, "what": name,
                     "tokens_per_second": round(speed.median(name), 2),
                     "dense_tokens_per_second": round(speed.median("dense"), 2),
-                    "over_dense_median": round(ratio.median, 3), "over_dense_low": round(ratio.low, 3),
-                    "over_dense_high": round(ratio.high, 3), "rounds": 5,
-                }  # fmt: skip
-                common.append("native_linear", row)
-                print(row, flush=True)
+                    **over(speed, name, ("dense",)), "rounds": args.rounds,
+                }, On(label(args.model), RANDOM))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,18 +7,16 @@ Appends to quantisation.csv, skips widths that are there, and fills the table of
     python benchmarks/quantisation.py [--rounds 7] [--table-only]
 """
 
-import argparse
 import statistics
 
-import common
 import torch
+from common import CALIBRATION, On, Rows, fill, label, options
 from timing import ratio
 
 import acttail
+from acttail.calibrate.text import read_text, tokenize
 from acttail.engine import Engine, Sampling
-from acttail.text import read_text, tokenize
 
-MODEL = "smollm2-135m"
 # (width, group, head); None is the default.
 CASES = (
     ("bf16", None, None), ("bf16", None, "bf16"),
@@ -28,9 +26,9 @@ CASES = (
 TOKENS, WINDOW, NEW = 2048, 512, 128
 
 
-def make(dtype, group, head, plan=None):
+def make(model, dtype, group, head, plan=None):
     return Engine.from_pretrained(
-        MODEL, plan, dtype=dtype, group=group, head_dtype=head, threads=1 if plan else 2
+        model, plan, dtype=dtype, group=group, head_dtype=head, threads=1 if plan else 2
     )
 
 
@@ -42,23 +40,23 @@ def log_p(engine, windows):
     return torch.cat(found)
 
 
-def measure(rounds):
-    reference = Engine.from_pretrained(MODEL, dtype="fp32", threads=2)
-    ids = tokenize(read_text(common.WIKITEXT_VALIDATION), reference.tokenizer)[:TOKENS].reshape(
-        -1, WINDOW
-    )
+def measure(args, rows):
+    text, rounds = read_text(args.text), args.rounds
+    on = On(label(args.model), text.name)
+    reference = Engine.from_pretrained(args.model, dtype="fp32", threads=2)
+    ids = tokenize(text, reference.tokenizer)[:TOKENS].reshape(-1, WINDOW)
     target = torch.cat([w[1:] for w in ids])[:, None]
     exact = log_p(reference, ids)
     del reference
-    plan = acttail.make_plan(MODEL, 0.5, allocator="uniform")
+    plan = acttail.make_plan(args.model, 0.5, allocator="uniform")
     prompt = torch.arange(128) + 500
     torch.set_num_threads(1)
-    done = {r["dtype"] for r in common.rows("quantisation")}
+    done = {dtype for (dtype,) in rows.done(on, "dtype")}
     for dtype in ("bf16", "int8", "int4"):
         if dtype in done:
             continue
         cases = [c for c in CASES if c[0] == dtype]
-        engines = {c: make(*c, plan) for c in cases}
+        engines = {c: make(args.model, *c, plan) for c in cases}
         speeds = {c: [] for c in cases}
         for r in range(rounds):
             for case, engine in engines.items() if r % 2 else reversed(engines.items()):
@@ -67,13 +65,13 @@ def measure(rounds):
                 )
                 speeds[case].append(1 / result.tokens_per_second)
         for case in cases:
-            engine = make(*case)
+            engine = make(args.model, *case)
             found = log_p(engine, ids)
             shape = engine.packed.layout.shapes["blocks.0.qkv"]
             kl = (exact.exp() * (exact - found)).sum(-1)
             against = ratio({"base": speeds[cases[0]], "own": speeds[case]}, "base", "own")
-            common.append("quantisation", {
-                "model": f"{MODEL} GGUF Q4_1", "dtype": dtype, "group": shape.group,
+            rows.append({
+                "dtype": dtype, "group": shape.group,
                 "head": engine.packed.layout.head_dtype, "tokens": TOKENS, "default": case == cases[0],
                 "perplexity": round(float((-found.gather(1, target)).mean().exp()), 4),
                 "fp32_perplexity": round(float((-exact.gather(1, target)).mean().exp()), 4),
@@ -82,16 +80,15 @@ def measure(rounds):
                 "megabytes": round(engine.packed.bytes / 1e6, 1), "rounds": rounds,
                 "speed_over_default": against["median"], "speed_low": against["low"], "speed_high": against["high"],
                 "tokens_per_second": round(1 / statistics.median(speeds[case]), 1),
-            })  # fmt: skip
-            print(case, float(kl.mean()), against, flush=True)
+            }, on)  # fmt: skip
 
 
-def table():
+def table(rows):
     lines = [
         "| width | group | head | MB | perplexity | KL to fp32 | top-1 | speed at S = 0.5 over the default's |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for r in common.rows("quantisation"):
+    for r in rows:
         group = r["group"] if int(r["group"]) else "–"
         group = "one per output" if group == "576" else group  # the model's hidden size
         lines.append(
@@ -99,18 +96,19 @@ def table():
             f"| {float(r['perplexity']):.3f} | {float(r['kl']):.5f} | {float(r['top1']):.3f} "
             f"| {float(r['speed_over_default']):.2f} ({float(r['speed_low']):.2f}–{float(r['speed_high']):.2f}) |"
         )
-    rows = common.rows("quantisation")
     return f"fp32: {float(rows[0]['fp32_perplexity']):.3f}.\n\n" + "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--table-only", action="store_true")
+    parser = options(__doc__, "model", "text", "table", rounds=7)
+    # Formats are chosen by this, so it is text that no result is reported on.
+    parser.set_defaults(text=CALIBRATION)
     args = parser.parse_args()
+    rows = Rows("quantisation", args.out)
     if not args.table_only:
-        measure(args.rounds)
-    common.fill("docs/performance.md", "quantisation", table())
+        measure(args, rows)
+    found = list(rows.latest("dtype", "group", "head").values())
+    fill(args.out, "docs/performance.md", "quantisation", table(found))
 
 
 if __name__ == "__main__":

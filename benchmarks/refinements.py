@@ -1,48 +1,52 @@
 """What was tried to refine `sensitivity`: each variant's perplexity at equal bytes on held-out calibration text.
 
-SmolLM2-135M; calibration on the first 8,192 tokens of WikiText-2 validation, scored on 8,192 tokens of
-the validation split's second half; no text of docs/results.md is read. Appends to refinements.csv.
+SmolLM2-135M; calibration on the first 8,192 tokens of the calibration text's first half, scored on 8,192 tokens of
+its second half; no text of docs/results.md is read. Appends to refinements.csv.
 
     python benchmarks/refinements.py [--sparsity 0.6,0.7] [--only NAME,NAME]
 """
 
-import argparse
 import functools
 from collections import defaultdict
 
-import common
 import numpy as np
 import torch
+from common import On, Rows, label, options
 
 import acttail
-from acttail.allocate.sensitivity import minimise
-from acttail.budget import kept_entries
-from acttail.calibrate import Calibration, backward_by_block, fisher_objective, probing
-from acttail.checkpoint import LoadedWeights
-from acttail.curves import measure
-from acttail.ops import topk_mask
-from acttail.text import Text, read_text
-from acttail.thresholds import thresholds
+from acttail.calibrate.calibration import Calibration
+from acttail.calibrate.measure import measure
+from acttail.calibrate.probe import probing
+from acttail.calibrate.tape import backward_by_block, fisher_objective
+from acttail.calibrate.text import Text, read_text
+from acttail.calibrate.thresholds import thresholds
+from acttail.maths.budget import kept_entries
+from acttail.maths.curves import minimise
+from acttail.model.weights import LoadedWeights
+from acttail.sparse.ops import topk_mask
 
 
 class Study:
     """Model, texts and everything measured once."""
 
-    def __init__(self):
-        self.model, self.tokenizer = acttail.load("smollm2-135m", dtype="bfloat16")
-        content = read_text(common.WIKITEXT_VALIDATION).content
-        half = len(content) // 2
+    def __init__(self, model, text, tokens):
+        self.model, self.tokenizer = acttail.load(model, dtype="bfloat16")
+        content, half = text.content, len(text.content) // 2
         self.calibration = Calibration(
-            self.model, self.tokenizer, Text("validation, first half", content[:half]), tokens=8192
+            self.model,
+            self.tokenizer,
+            Text(f"{text.name}, first half", content[:half]),
+            tokens=tokens,
         )
-        self.held_out = Text("validation, second half", content[half:])
+        self.held_out = Text(f"{text.name}, second half", content[half:])
         self.weights = LoadedWeights(self.model)
         self.projections = {p.name: p for p in self.weights.projections}
         self.cost = {n: p.cost for n, p in self.projections.items()}
         self._curves = {}
 
-    def curves(self, loss="fisher", selection="topk", tokens=8192):
+    def curves(self, loss="fisher", selection="topk", tokens=None):
         """Curves on the calibration half, measured once."""
+        tokens = self.calibration.tokens if tokens is None else tokens
         key = loss, selection, tokens
         if key not in self._curves:
             calibration = Calibration(
@@ -57,7 +61,10 @@ class Study:
 
     def solve(self, curves, sparsity):
         """Sparsities of least predicted loss."""
-        return minimise(curves.curves, curves.grid, self.cost, sparsity)
+        blocks = {
+            n: curves.curves[n] for n in self.cost
+        }  # the head is measured, and stays dense here
+        return minimise(blocks, curves.grid, self.cost, sparsity)
 
     def score(self, probe):
         """Perplexity on the held-out text with every projection's input replaced by the probe."""
@@ -97,7 +104,7 @@ def interactions(study, curves, sparsity, rounds=3):
         gram = cross_terms(study, solved)
         weight = gram.sum(1) / np.maximum(np.diag(gram), 1e-30)
         weight = np.clip(weight, 0.25, 4.0)
-        scaled = {n: c * w for (n, c), w in zip(curves.curves.items(), weight, strict=True)}
+        scaled = {n: curves.curves[n] * w for n, w in zip(study.cost, weight, strict=True)}
         new = minimise(scaled, curves.grid, study.cost, sparsity)
         # Half a step: the weights were measured at the old point.
         solved = {n: 0.5 * (solved[n] + new[n]) for n in solved}
@@ -228,12 +235,15 @@ def variants(study, s):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__, "model", "calibration")
+    parser.set_defaults(calibration_tokens=8192)
     parser.add_argument("--sparsity", default="0.6,0.7")
     parser.add_argument("--only", default="")
     args = parser.parse_args()
-    study = Study()
-    done = {(r["variant"], r["sparsity"]) for r in common.rows("refinements")}
+    rows = Rows("refinements", args.out)
+    study = Study(args.model, read_text(args.calibration), args.calibration_tokens)
+    on = On(label(args.model), study.held_out.name, study.calibration.text.name)
+    done = rows.done(on, "variant", "sparsity")
     wanted = set(filter(None, args.only.split(",")))
     for s in map(float, args.sparsity.split(",")):
         for name, run in variants(study, s).items():
@@ -241,13 +251,12 @@ def main():
                 continue
             found = run()
             result, realised = found if isinstance(found, tuple) else (found, s)
-            common.append("refinements", {
-                "model": "smollm2-135m GGUF Q4_1", "variant": name, "sparsity": s, "realised_sparsity": round(realised, 5),
+            rows.append({
+                "variant": name, "sparsity": s, "realised_sparsity": round(realised, 5),
                 "perplexity": result.perplexity, "perplexity_stderr": result.perplexity_stderr, "nll": result.nll,
-                "tokens": result.tokens, "scored": study.held_out.name, "calibration_tokens": 8192,
+                "tokens": result.tokens, "calibration_tokens": args.calibration_tokens,
                 "dtype": result.dtype,
-            })  # fmt: skip
-            print(name, s, round(realised, 4), round(result.perplexity, 2), flush=True)
+            }, on)  # fmt: skip
 
 
 if __name__ == "__main__":

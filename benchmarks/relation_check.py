@@ -6,11 +6,11 @@ and measures the energy that is lost. Appends to relation_check.csv and writes d
     python benchmarks/relation_check.py
 """
 
-import common
 import matplotlib as mpl
 import numpy as np
+from common import HERE, On, Rows, options
 
-from acttail.relation import rank_exponent, sparsity_asymptotic, sparsity_finite
+from acttail.maths.relation import rank_exponent, sparsity_asymptotic, sparsity_finite
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,6 +31,8 @@ def lost_energy(alpha: float, tau: float, seed: int) -> float:
 
 
 def main():
+    args = options(__doc__).parse_args()
+    rows = Rows("relation_check", args.out)
     alphas = np.linspace(1.2, 6, 97)
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": "acttail"})
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
@@ -43,20 +45,18 @@ def main():
             lost = lost_energy(alpha, tau, seed=0)
             s = sparsity_finite(alpha, tau, SIZE)
             axes.plot(alpha, s, "o", color=colour, ms=4)
-            print(
-                f"alpha {alpha} tau {tau}: s = {s:.4f}, energy lost in a planted matrix {lost:.6f}"
-            )
-            common.append("relation_check", {
+            rows.append({
                 "alpha": alpha, "tau": tau, "size": SIZE, "sparsity": round(s, 6),
                 "lost_energy": round(lost, 8),
                 "asymptotic": round(sparsity_asymptotic(alpha, tau), 6) if alpha > 2 else "",
-            })  # fmt: skip
+            }, On())  # fmt: skip
     axes.plot([], [], color="0.4", ls="--", lw=1, label="asymptotic, N → ∞ (α > 2)")
     axes.plot([], [], "o", color="0.4", ms=4, label="planted matrices, energy lost = τ")
     axes.set(xlabel="α", ylabel="sparsity s(α, τ)", ylim=(0, 1), xlim=(1.2, 6))
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25)
-    figure.savefig(common.HERE.parent / "docs" / "images" / "relation.svg", metadata={"Date": None})
+    folder = HERE.parent / "docs" / "images" if args.out == HERE else args.out
+    figure.savefig(folder / "relation.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ with random weights (peak memory too). Appends to scaling.csv and scaling_models
     python benchmarks/scaling.py [--largest] [--table-only]
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -16,11 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import common
 import numpy as np
 import torch
+from common import On, Rows, fill, options
 
-from acttail.cost import Rates, described, fit, matrix_bytes
+from acttail.base.progress import spoken_seconds
+from acttail.spectrum.estimate import Rates, fit, matrix_bytes
 
 # (n, m) of projections that models of these sizes have.
 SHAPES = (
@@ -68,24 +68,22 @@ def time_matrix(n, m):
     return middle - started, time.perf_counter() - middle
 
 
-def measure_matrices(shapes):
-    done = {(int(r["n"]), int(r["m"])) for r in common.rows("scaling")}
+def measure_matrices(rows, shapes):
+    done = rows.done(On(), "n", "m")
     for n, m in shapes:
-        if (n, m) in done:
+        if (str(n), str(m)) in done:
             continue
         rounds = 3 if n <= 4096 else 1
         times = [time_matrix(n, m) for _ in range(rounds)]
         gram, eigen = (min(t[i] for t in times) for i in (0, 1))
-        common.append("scaling", {
+        rows.append({
             "n": n, "m": m, "gram_seconds": round(gram, 4), "eigen_seconds": round(eigen, 4), "rounds": rounds,
             "gigabytes": round(matrix_bytes(m, n) / 1e9, 3),
-        })  # fmt: skip
-        print(n, m, gram, eigen, flush=True)
+        }, On())  # fmt: skip
 
 
-def fitted():
-    rows = common.rows("scaling")
-    large = [r for r in rows if int(r["n"]) >= 512]
+def fitted(measured):
+    large = [r for r in measured if int(r["n"]) >= 512]
     n = [int(r["n"]) for r in large]
     cubic, square = fit(n, [float(r["eigen_seconds"]) for r in large])
     work = np.array([int(r["n"]) ** 2 * int(r["m"]) for r in large], dtype=float)
@@ -136,10 +134,9 @@ def checkpoint(name, blocks, folder):
     )
 
 
-def measure_models():
-    done = {r["model"] for r in common.rows("scaling_models")}
+def measure_models(rows, rates):
     for name, blocks in CHECKED.items():
-        if name in done:
+        if rows.done(On(name), "blocks"):
             continue
         with tempfile.TemporaryDirectory() as folder:
             checkpoint(name, blocks, Path(folder))
@@ -160,28 +157,27 @@ def measure_models():
         fits = json.loads(process.stdout)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         one, _ = shapes_of(name)
-        expected = blocks * sum(fitted().seconds(*s) for s in one)
+        expected = blocks * sum(rates.seconds(*s) for s in one)
         alphas = [f["alpha"] for f in fits if f["alpha"] is not None]
-        common.append("scaling_models", {
-            "model": name, "blocks": blocks, "matrices": len(fits), "seconds": round(seconds, 1),
+        rows.append({
+            "blocks": blocks, "matrices": len(fits), "seconds": round(seconds, 1),
             "expected_seconds": round(expected, 1), "peak_gigabytes": round(peak / 1e9, 2),
             "largest_matrix_gigabytes": round(max(matrix_bytes(*s) for s in one) / 1e9, 2),
             "mean_alpha": round(sum(alphas) / len(alphas), 2) if alphas else "",
-        })  # fmt: skip
-        print(name, seconds, expected, peak / 1e9, flush=True)
+        }, On(name))  # fmt: skip
 
 
-def tables():
-    rates = fitted()
+def tables(measured, checked):
+    rates = fitted(measured)
     lines = [
-        f"Fitted on {common.rows('scaling')[0]['cpu']}, {rates.threads} threads: Gram matrix "
+        f"Fitted on {measured[0]['cpu']}, {rates.threads} threads: Gram matrix "
         f"{rates.gram * 1e12:.1f} ps per n²m, eigenvalues {rates.cubic * 1e12:.1f} ps per n³ + "
         f"{rates.square * 1e9:.0f} ns per n².",
         "",
         "| n × m | Gram, s | eigenvalues, s | fitted, s | memory, GB |",
         "|---|---|---|---|---|",
     ]
-    for r in sorted(common.rows("scaling"), key=lambda r: (int(r["n"]), int(r["m"]))):
+    for r in sorted(measured, key=lambda r: (int(r["n"]), int(r["m"]))):
         n, m = int(r["n"]), int(r["m"])
         lines.append(
             f"| {n:,} × {m:,} | {float(r['gram_seconds']):.2f} | {float(r['eigen_seconds']):.2f} "
@@ -197,7 +193,7 @@ def tables():
         seconds = blocks * sum(rates.seconds(*s) for s in one)
         largest = max(rates.seconds(*s) for s in one)
         lines.append(
-            f"| {name} | {7 * blocks} | {described(seconds)} | {described(max(seconds / 16, largest))} "
+            f"| {name} | {7 * blocks} | {spoken_seconds(seconds)} | {spoken_seconds(max(seconds / 16, largest))} "
             f"| {max(matrix_bytes(*s) for s in one) / 1e9:.1f} |"
         )
     lines += [
@@ -207,7 +203,7 @@ def tables():
         "| shapes of | blocks | seconds | expected | peak memory of the process, GB | one matrix, GB | mean alpha |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in common.rows("scaling_models"):
+    for r in checked:
         lines.append(
             f"| {r['model']} | {r['blocks']} | {float(r['seconds']):.0f} | {float(r['expected_seconds']):.0f} "
             f"| {r['peak_gigabytes']} | {r['largest_matrix_gigabytes']} | {r['mean_alpha']} |"
@@ -216,16 +212,17 @@ def tables():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__, "table")
     parser.add_argument(
         "--largest", action="store_true", help="also 16,384 x 16,384 (minutes, 7 GB)"
     )
-    parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
+    matrices, models = Rows("scaling", args.out), Rows("scaling_models", args.out)
     if not args.table_only:
-        measure_matrices(SHAPES + (LARGEST if args.largest else ()))
-        measure_models()
-    common.fill("docs/scaling.md", "scaling", tables())
+        measure_matrices(matrices, SHAPES + (LARGEST if args.largest else ()))
+        measure_models(models, fitted(list(matrices.latest("n", "m").values())))
+    measured = list(matrices.latest("n", "m").values())
+    fill(args.out, "docs/scaling.md", "scaling", tables(measured, models.latest("model").values()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ openai client. Appends to serve_load.csv and fills the table of docs/howto/servi
     python benchmarks/serve_load.py [--clients 64] [--seconds 120] [--dtype int8] [--table-only]
 """
 
-import argparse
 import asyncio
 import itertools
 import statistics
@@ -16,19 +15,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import common
 import openai
 import psutil
+from common import On, Rows, fill, label, options
 
 import acttail
 
-MODEL = "smollm2-135m"
 NEW_TOKENS = 24
 # Settling: caches of the allocator and lazily loaded code are there after the first requests.
 SETTLE_SECONDS = 15
 
 
-async def client_loop(client, index, until, seen):
+async def client_loop(client, model, index, until, seen):
     turn = 0
     while time.monotonic() < until:
         turn += 1
@@ -36,7 +34,7 @@ async def client_loop(client, index, until, seen):
         times = []
         try:
             stream = await client.chat.completions.create(
-                model=MODEL, max_tokens=NEW_TOKENS, temperature=0.8, seed=1000 * index + turn, stream=True,
+                model=model, max_tokens=NEW_TOKENS, temperature=0.8, seed=1000 * index + turn, stream=True,
                 messages=[{"role": "user", "content": f"Client {index}, turn {turn}: tell me about the sea."}],
             )  # fmt: skip
             async for chunk in stream:
@@ -52,7 +50,7 @@ async def client_loop(client, index, until, seen):
         seen["requests"] += 1
 
 
-async def drive(url, clients, seconds, process):
+async def drive(url, model, clients, seconds, process):
     seen = {"errors": [], "first": [], "gaps": [], "tokens": 0, "requests": 0}
     memory = []
 
@@ -64,7 +62,9 @@ async def drive(url, clients, seconds, process):
     client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
     started = time.monotonic()
     watcher = asyncio.create_task(watch())
-    await asyncio.gather(*(client_loop(client, i, started + seconds, seen) for i in range(clients)))
+    await asyncio.gather(
+        *(client_loop(client, model, i, started + seconds, seen) for i in range(clients))
+    )
     watcher.cancel()
     settled = [m for at, m in memory if at - started > SETTLE_SECONDS]
     third = max(1, len(settled) // 3)
@@ -79,39 +79,46 @@ def percentile(values, share):
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def measure(clients, seconds, dtype, slots):
+def measure(args, rows):
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "plan.json"
-        acttail.make_plan(MODEL, 0.5).save(plan)
-        command = [sys.executable, "-m", "acttail", "serve", MODEL, "--plan", str(plan), "--dtype", dtype, "--port", "0",
-                   "--slots", str(slots)]  # fmt: skip
+        acttail.make_plan(args.model, 0.5).save(plan)
+        command = [sys.executable, "-m", "acttail", "serve", args.model, "--plan", str(plan), "--dtype", args.dtype,
+                   "--port", "0", "--slots", str(args.slots)]  # fmt: skip
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             url = next(line.split()[-1] for line in server.stderr if line.startswith("API"))
-            seen = asyncio.run(drive(url, clients, seconds, psutil.Process(server.pid)))
+            seen = asyncio.run(
+                drive(
+                    url,
+                    Path(args.model).name,
+                    args.clients,
+                    args.seconds,
+                    psutil.Process(server.pid),
+                )
+            )
         finally:
             server.terminate()
             status = server.wait(30)
-    row = {
-        "model": "smollm2-135m GGUF Q4_1", "dtype": dtype, "sparsity": 0.5, "clients": clients, "slots": slots,
+    rows.append({
+        "dtype": args.dtype, "sparsity": 0.5, "clients": args.clients, "slots": args.slots,
         "new_tokens": NEW_TOKENS, "seconds": round(seen["seconds"], 1), "requests": seen["requests"],
         "errors": len(seen["errors"]), "tokens_per_second": round(seen["tokens"] / seen["seconds"], 1),
         **{f"first_token_p{p}": round(percentile(seen["first"], p / 100), 3) for p in (50, 95, 99)},
         **{f"token_p{p}": round(percentile(seen["gaps"], p / 100), 4) for p in (50, 95, 99)},
         "memory_first_third_mb": round(seen["memory_first"], 1), "memory_last_third_mb": round(seen["memory_last"], 1),
         "exit_status": status,
-    }  # fmt: skip
-    common.append("serve_load", row)
-    print(row, seen["errors"][:3], flush=True)
+    }, On(label(args.model), "questions of the script"))  # fmt: skip
+    print(seen["errors"][:3], flush=True)
 
 
-def table():
+def table(found):
     lines = [
         "| clients | slots | weights | requests | errors | tokens/s in all | first token, s: median, 95 %, 99 % "
         "| between tokens, ms: median, 95 %, 99 % | memory, first and last third |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in common.rows("serve_load"):
+    for r in found.values():
         first = ", ".join(f"{float(r[f'first_token_p{p}']):.2f}" for p in (50, 95, 99))
         gaps = ", ".join(f"{1000 * float(r[f'token_p{p}']):.0f}" for p in (50, 95, 99))
         lines.append(
@@ -122,16 +129,17 @@ def table():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__, "model", "table")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--dtype", default="int8")
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
+    rows = Rows("serve_load", args.out)
     if not args.table_only:
-        measure(args.clients, args.seconds, args.dtype, args.slots)
-    common.fill("docs/howto/serving.md", "load", table())
+        measure(args, rows)
+    found = rows.latest("clients", "slots", "dtype")
+    fill(args.out, "docs/howto/serving.md", "load", table(found))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 // The plain C ABI of acttail's native library. No C++ type crosses it, so one build serves every
-// Python and every torch. Status codes: 0 is success, anything else names the refusal.
+// Python and every torch. Status codes: 0 is success, anything else names the refusal. No function throws
+// or ends the process when memory runs out; what it was to write is then undefined, all else as it was.
 #pragma once
 
 #include <stdint.h>
@@ -15,15 +16,21 @@ extern "C" {
 #endif
 
 // Raised by one whenever a signature below changes.
-#define ACTTAIL_ABI 4
+#define ACTTAIL_ABI 8
 
 enum acttail_status {
   ACTTAIL_OK = 0,
   ACTTAIL_BAD_ARGUMENT = 1,
   ACTTAIL_OUT_OF_MEMORY = 2,
+  ACTTAIL_FAILED = 3,  // the system refused something else, such as a thread
 };
 
 ACTTAIL_API int acttail_abi(void);
+
+// Where a struct of this ABI keeps a field, so that a mirror in another language can be compared before it is
+// used: names without their "acttail_". With a null field, offset is 0 and size that of the whole struct.
+// ACTTAIL_BAD_ARGUMENT for a name that does not exist.
+ACTTAIL_API int acttail_layout(const char* structure, const char* field, int64_t* offset, int64_t* size);
 
 // Name of the instruction set in use: "portable", "neon", "avx2", "avx512" or "avx512vnni". The environment variable
 // ACTTAIL_ISA forces one; a name that is unknown or not supported here falls back to the best one
@@ -49,7 +56,8 @@ ACTTAIL_API int acttail_curves_f32(const float* x, const float* const* v, int64_
                                    int64_t rows, int64_t columns, const int64_t* dropped,
                                    int64_t points, double* sums, int threads);
 
-// Seconds that `threads` threads take to read `words` 64-bit words once; negative on bad arguments.
+// Seconds that `threads` threads take to read `words` 64-bit words once; negative on bad arguments or
+// without memory or threads.
 ACTTAIL_API double acttail_read_seconds(const uint64_t* data, int64_t words, int threads);
 
 #ifdef __cplusplus

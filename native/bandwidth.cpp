@@ -3,11 +3,12 @@
 #include <chrono>
 #include <cstdint>
 
-#include "acttail.h"
+#include "guard.hpp"
 #include "pool.hpp"
 
-extern "C" double acttail_read_seconds(const uint64_t* data, int64_t words, int threads) {
-  if (data == nullptr || words < 64 || threads < 1 || threads > 256) return -1;
+namespace {
+
+double seconds(const uint64_t* data, int64_t words, int threads) {
   acttail::Pool pool(threads);
   std::atomic<uint64_t> sink{0};
   auto read = [&](int t) {
@@ -26,4 +27,16 @@ extern "C" double acttail_read_seconds(const uint64_t* data, int64_t words, int 
   const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
   // The sum is looked at, so that the reads are not removed.
   return passed.count() + (sink.load() == 0x5bd1e995u ? 1e-12 : 0.0);
+}
+
+}  // namespace
+
+extern "C" double acttail_read_seconds(const uint64_t* data, int64_t words, int threads) {
+  if (data == nullptr || words < 64 || threads < 1 || threads > 256) return -1;
+  double found = -1;
+  const int status = acttail::guarded([&] {
+    found = seconds(data, words, threads);
+    return ACTTAIL_OK;
+  });
+  return status == ACTTAIL_OK ? found : -1;
 }

@@ -1,40 +1,78 @@
 #include "cache.hpp"
 
 #include <cstring>
-#include <new>
+#include <limits>
 
 #include "engine.hpp"
+#include "guard.hpp"
+
+namespace {
+
+// The storage of one position, as floats on the way in and out.
+class Position {
+ public:
+  explicit Position(const acttail_cache& cache)
+      : cache_(cache), floats_(static_cast<size_t>(cache.width), 0.0f) {}
+
+  void write(const float* from, uint8_t* slab, float* scales, int64_t at) {
+    std::memcpy(floats_.data(), from, size());
+    acttail::kernels().encode_kv(cache_.format, floats_.data(), cache_.width,
+                                 slab + at * cache_.position_bytes(), scales ? scales + at : nullptr);
+  }
+  void read(float* to, const uint8_t* slab, const float* scales, int64_t at) {
+    acttail::kernels().decode_kv(cache_.format, slab + at * cache_.position_bytes(),
+                                 scales ? scales[at] : 1.0f, cache_.width, floats_.data());
+    std::memcpy(to, floats_.data(), size());
+  }
+
+ private:
+  size_t size() const { return sizeof(float) * static_cast<size_t>(cache_.head_dim); }
+
+  const acttail_cache& cache_;
+  std::vector<float> floats_;
+};
+
+}  // namespace
 
 extern "C" {
 
-acttail_cache* acttail_cache_new(const acttail_engine* engine, int64_t capacity) {
-  if (engine == nullptr || capacity < 1) return nullptr;
-  try {
+int acttail_cache_new(const acttail_engine* engine, int64_t capacity, acttail_cache** cache) {
+  if (cache == nullptr) return ACTTAIL_BAD_ARGUMENT;
+  *cache = nullptr;
+  if (engine == nullptr || capacity < 1) return ACTTAIL_BAD_ARGUMENT;
+  return acttail::guarded([&]() -> int {
     const acttail_model& m = engine->model;
-    auto cache = std::make_unique<acttail_cache>();
-    cache->format = m.kv_format;
-    cache->blocks = m.blocks;
-    cache->kv_heads = m.kv_heads;
-    cache->head_dim = m.head_dim;
-    cache->width = (m.head_dim + 15) / 16 * 16;
-    cache->capacity = capacity;
-    cache->length = 0;
-    // Not initialised: a page that no position has reached yet takes no memory.
-    cache->data.reset(new uint8_t[static_cast<size_t>(2 * m.blocks * m.kv_heads * cache->slab())]);
-    if (m.kv_format == acttail::kKvInt8) {
-      cache->scales.resize(static_cast<size_t>(2 * m.blocks * m.kv_heads * capacity));
+    auto made = std::make_unique<acttail_cache>();
+    made->format = m.kv_format;
+    made->blocks = m.blocks;
+    made->kv_heads = m.kv_heads;
+    made->head_dim = m.head_dim;
+    made->width = (m.head_dim + 15) / 16 * 16;
+    made->capacity = capacity;
+    made->length = 0;
+    const int64_t slabs = 2 * m.blocks * m.kv_heads;
+    // By turns, for their product alone could wrap; 8 bytes hold an element of any format and its scale.
+    int64_t most = std::numeric_limits<int64_t>::max() / 8;
+    for (int64_t factor : {int64_t{2} * m.blocks, m.kv_heads, made->width}) most /= factor;
+    if (capacity > most) {
+      return ACTTAIL_OUT_OF_MEMORY;
     }
-    return cache.release();
-  } catch (const std::bad_alloc&) {
-    return nullptr;
-  }
+    // Not initialised: a page that no position has reached yet takes no memory.
+    made->data.reset(new uint8_t[static_cast<size_t>(slabs * made->slab())]);
+    if (acttail::kKvTraits[m.kv_format].scaled) {
+      made->scales.resize(static_cast<size_t>(slabs * capacity));
+    }
+    *cache = made.release();
+    return ACTTAIL_OK;
+  });
 }
 
 void acttail_cache_free(acttail_cache* cache) { delete cache; }
 
-int64_t acttail_cache_length(const acttail_cache* cache) { return cache->length; }
+int64_t acttail_cache_length(const acttail_cache* cache) { return cache == nullptr ? -1 : cache->length; }
 
 int64_t acttail_cache_bytes(const acttail_cache* cache) {
+  if (cache == nullptr) return -1;
   return 2 * cache->blocks * cache->kv_heads * cache->slab() +
          static_cast<int64_t>(cache->scales.size() * sizeof(float));
 }
@@ -54,52 +92,40 @@ int acttail_cache_set_length(acttail_cache* cache, int64_t length) {
 int acttail_cache_write(acttail_cache* cache, int64_t block, int64_t first, int64_t count,
                         const float* keys, const float* values) {
   if (cache == nullptr || keys == nullptr || values == nullptr || block < 0 ||
-      block >= cache->blocks || first < 0 || count < 0 || first + count > cache->capacity) {
+      block >= cache->blocks || first < 0 || first > cache->capacity || count < 0 || count > cache->capacity - first) {
     return ACTTAIL_BAD_ARGUMENT;
   }
-  const acttail::Kernels& kernels = acttail::kernels();
-  const int64_t bytes = cache->width * acttail::kv_bytes(cache->format);
-  std::vector<float> padded(static_cast<size_t>(cache->width), 0.0f);
-  float unused = 0;
-  for (int64_t t = 0; t < count; ++t) {
-    for (int64_t h = 0; h < cache->kv_heads; ++h) {
-      const int64_t from = (t * cache->kv_heads + h) * cache->head_dim, at = first + t;
-      float* ks = cache->key_scales(block, h);
-      float* vs = cache->value_scales(block, h);
-      std::memcpy(padded.data(), keys + from, sizeof(float) * static_cast<size_t>(cache->head_dim));
-      kernels.encode_kv(cache->format, padded.data(), cache->width,
-                        cache->keys(block, h) + at * bytes, ks ? ks + at : &unused);
-      std::memcpy(padded.data(), values + from, sizeof(float) * static_cast<size_t>(cache->head_dim));
-      kernels.encode_kv(cache->format, padded.data(), cache->width,
-                        cache->values(block, h) + at * bytes, vs ? vs + at : &unused);
+  return acttail::guarded([&] {
+    Position position(*cache);
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t h = 0; h < cache->kv_heads; ++h) {
+        const int64_t from = (t * cache->kv_heads + h) * cache->head_dim, at = first + t;
+        position.write(keys + from, cache->keys(block, h), cache->key_scales(block, h), at);
+        position.write(values + from, cache->values(block, h), cache->value_scales(block, h), at);
+      }
     }
-  }
-  return ACTTAIL_OK;
+    return ACTTAIL_OK;
+  });
 }
 
 int acttail_cache_read(acttail_cache* cache, int64_t block, int64_t first, int64_t count, float* keys,
                        float* values) {
   if (cache == nullptr || keys == nullptr || values == nullptr || block < 0 ||
-      block >= cache->blocks || first < 0 || count < 0 || first + count > cache->length) {
+      block >= cache->blocks || first < 0 || first > cache->length || count < 0 ||
+      count > cache->length - first) {
     return ACTTAIL_BAD_ARGUMENT;
   }
-  const acttail::Kernels& kernels = acttail::kernels();
-  const int64_t bytes = cache->width * acttail::kv_bytes(cache->format);
-  std::vector<float> padded(static_cast<size_t>(cache->width));
-  for (int64_t t = 0; t < count; ++t) {
-    for (int64_t h = 0; h < cache->kv_heads; ++h) {
-      const int64_t to = (t * cache->kv_heads + h) * cache->head_dim, at = first + t;
-      const float* ks = cache->key_scales(block, h);
-      const float* vs = cache->value_scales(block, h);
-      kernels.decode_kv(cache->format, cache->keys(block, h) + at * bytes, ks ? ks[at] : 1.0f,
-                        cache->width, padded.data());
-      std::memcpy(keys + to, padded.data(), sizeof(float) * static_cast<size_t>(cache->head_dim));
-      kernels.decode_kv(cache->format, cache->values(block, h) + at * bytes, vs ? vs[at] : 1.0f,
-                        cache->width, padded.data());
-      std::memcpy(values + to, padded.data(), sizeof(float) * static_cast<size_t>(cache->head_dim));
+  return acttail::guarded([&] {
+    Position position(*cache);
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t h = 0; h < cache->kv_heads; ++h) {
+        const int64_t to = (t * cache->kv_heads + h) * cache->head_dim, at = first + t;
+        position.read(keys + to, cache->keys(block, h), cache->key_scales(block, h), at);
+        position.read(values + to, cache->values(block, h), cache->value_scales(block, h), at);
+      }
     }
-  }
-  return ACTTAIL_OK;
+    return ACTTAIL_OK;
+  });
 }
 
 }  // extern "C"

@@ -3,9 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <new>
 
-#include "acttail.h"
+#include "guard.hpp"
 
 namespace {
 
@@ -30,26 +29,13 @@ void sort_row(const uint32_t* bits, int64_t d, uint64_t* a, uint64_t* b) {
   }
 }
 
-}  // namespace
-
-extern "C" int acttail_curves_f32(const float* x, const float* const* v, int64_t vectors,
-                                  int64_t rows, int64_t columns, const int64_t* dropped,
-                                  int64_t points, double* sums, int threads) {
-  if (x == nullptr || v == nullptr || dropped == nullptr || sums == nullptr || vectors < 1 ||
-      rows < 0 || columns < 1 || columns > INT32_MAX || points < 1 || threads < 1) {
-    return ACTTAIL_BAD_ARGUMENT;
-  }
-  for (int64_t g = 0; g < points; ++g) {
-    if (dropped[g] < 0 || dropped[g] > columns || (g > 0 && dropped[g] < dropped[g - 1])) {
-      return ACTTAIL_BAD_ARGUMENT;
-    }
-  }
+int curves(const float* x, const float* const* v, int64_t vectors, int64_t rows, int64_t columns,
+           const int64_t* dropped, int64_t points, double* sums, int threads) {
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(rows, threads));
   // Each thread sums on its own and the parts are added in order: the result does not depend on
   // which thread finishes first.
-  std::unique_ptr<double[]> partial(new (std::nothrow) double[parts * vectors * points]());
-  std::unique_ptr<uint64_t[]> scratch(new (std::nothrow) uint64_t[parts * 2 * columns]);
-  if (!partial || !scratch) return ACTTAIL_OUT_OF_MEMORY;
+  std::unique_ptr<double[]> partial(new double[static_cast<size_t>(parts * vectors * points)]());
+  std::unique_ptr<uint64_t[]> scratch(new uint64_t[static_cast<size_t>(parts * 2 * columns)]);
 #pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1) if (parts > 1)
   for (int64_t part = 0; part < parts; ++part) {
     uint64_t* order = scratch.get() + part * 2 * columns;
@@ -75,4 +61,22 @@ extern "C" int acttail_curves_f32(const float* x, const float* const* v, int64_t
     for (int64_t i = 0; i < vectors * points; ++i) sums[i] += partial[part * vectors * points + i];
   }
   return ACTTAIL_OK;
+}
+
+}  // namespace
+
+extern "C" int acttail_curves_f32(const float* x, const float* const* v, int64_t vectors,
+                                  int64_t rows, int64_t columns, const int64_t* dropped,
+                                  int64_t points, double* sums, int threads) {
+  if (x == nullptr || v == nullptr || dropped == nullptr || sums == nullptr || vectors < 1 ||
+      rows < 0 || columns < 1 || columns > INT32_MAX || points < 1 || threads < 1) {
+    return ACTTAIL_BAD_ARGUMENT;
+  }
+  for (int64_t g = 0; g < points; ++g) {
+    if (dropped[g] < 0 || dropped[g] > columns || (g > 0 && dropped[g] < dropped[g - 1])) {
+      return ACTTAIL_BAD_ARGUMENT;
+    }
+  }
+  return acttail::guarded(
+      [&] { return curves(x, v, vectors, rows, columns, dropped, points, sums, threads); });
 }

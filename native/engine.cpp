@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <new>
+
+#include "check.hpp"
+#include "guard.hpp"
 
 namespace acttail {
 
 namespace {
-
-int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 
 int64_t largest_input(const acttail_model& m) {
   return std::max({m.hidden, m.intermediate, m.heads * m.head_dim});
@@ -25,12 +25,18 @@ Worker::Worker(const acttail_model& m)
       heads(static_cast<size_t>(padded(m.head_dim) * (m.heads / m.kv_heads))),
       out(static_cast<size_t>(std::max(padded(m.hidden), padded(m.head_dim) * (m.heads / m.kv_heads)))),
       key(static_cast<size_t>(padded(m.head_dim)) * 4),
-      value(static_cast<size_t>(padded(m.head_dim)) * 4) {}
+      value(static_cast<size_t>(padded(m.head_dim)) * 4),
+      dot(static_cast<size_t>(dot_scratch(padded(m.hidden)))),
+      masked(static_cast<size_t>(padded(m.hidden))) {}
 
 }  // namespace acttail
 
 using acttail::Part;
 using acttail::Worker;
+
+// Columns of the head that are taken at a time: their sums stay near while all kept rows are added up, and a
+// row's run is still long enough for memory (16 KB in int8).
+constexpr int64_t kHeadColumns = 16384;
 
 enum Stage { kQkv = 0, kOutput = 1, kGateUp = 2, kDown = 3 };
 
@@ -44,14 +50,33 @@ acttail_engine::acttail_engine(const acttail_model& m, int threads)
   for (int t = 0; t < threads; ++t) workers.push_back(std::make_unique<Worker>(m));
   for (const acttail_block& b : blocks) {
     for (const acttail_fused* f : {&b.qkv, &b.o, &b.gate_up, &b.down}) {
-      widest = std::max(widest, f->matrix.columns);
+      widest = std::max(widest, acttail::columns_of(*f));
     }
   }
   for (auto& p : partial) p.resize(static_cast<size_t>(widest * threads));
+  head_selection = m.head_input;
+  if (m.head_input.matrices > 0) {
+    head_sums.resize(static_cast<size_t>(acttail::columns_of(m.head_input)));
+  } else {
+    // The selection sees a matrix of as many rows; nobody reads it.
+    head_selection.matrices = 1;
+    head_selection.matrix[0] = acttail_matrix{};
+    head_selection.matrix[0].rows = m.hidden;
+    head_selection.matrix[0].columns = head_selection.segment[0].end;
+    head_selection.segment[0].dense_kernel = 1;
+  }
   attended.resize(static_cast<size_t>(acttail::padded(m.heads * m.head_dim)));
   for (const acttail_rope& r : ropes) {
     cosines.emplace_back(static_cast<size_t>(r.half));
     sines.emplace_back(static_cast<size_t>(r.half));
+  }
+}
+
+// Room for the attention to `capacity` positions, before threads that may not allocate need it.
+void acttail_engine::reserve(int64_t capacity) {
+  const size_t needed = static_cast<size_t>(capacity * acttail::kMostHeads);
+  for (auto& w : workers) {
+    if (w->scores.size() < needed) w->scores.resize(needed);
   }
 }
 
@@ -60,14 +85,14 @@ void acttail_engine::project(int t, Worker& w, const acttail_fused& fused, const
   const auto& parts = w.selection.choose(kernels, fused, x);
   if (t == 0) w.read += w.selection.weights();
   float* y = partial[stage].data() + t * widest;
-  std::fill(y, y + fused.matrix.columns, 0.0f);
+  std::fill(y, y + acttail::columns_of(fused), 0.0f);
   const int64_t threads = pool.threads();
   for (const Part& part : parts) {
     const int64_t first = part.rows.count * t / threads, last = part.rows.count * (t + 1) / threads;
     if (first == last) continue;
     acttail::Rows mine{part.rows.index ? part.rows.index + first : nullptr, part.rows.x + first,
                        last - first, part.rows.first + first};
-    kernels.add_rows(acttail::as_matrix(fused.matrix), mine, part.begin, part.end, y, 1, 0);
+    kernels.add_rows(*part.matrix, mine, part.begin, part.end, y + part.at, 1, 0);
   }
 }
 
@@ -112,7 +137,6 @@ void acttail_engine::attention(int t, Worker& w, const acttail_block& b, int64_t
   kv.first = b.window > 0 ? std::max<int64_t>(0, position + 1 - b.window) : 0;
   kv.last_key = w.key.data();
   kv.last_value = w.value.data();
-  w.scores.resize(static_cast<size_t>(cache.capacity * acttail::kMostHeads));
   const auto turn = [&](const acttail_norm& n, int64_t offset, float* head) {
     std::fill(head, head + cache.width, 0.0f);
     collect(b.qkv, kQkv, offset, d, head);
@@ -123,7 +147,7 @@ void acttail_engine::attention(int t, Worker& w, const acttail_block& b, int64_t
                    ropes[static_cast<size_t>(b.rope)].half);
     }
   };
-  const int64_t bytes = cache.width * acttail::kv_bytes(cache.format);
+  const int64_t bytes = cache.position_bytes();
   float* const heads = w.heads.data();
   int64_t count = 0;
   for (int64_t h = first; h < last; h += count) {
@@ -164,7 +188,7 @@ void acttail_engine::token(int t, acttail_cache& cache, int64_t token, int64_t p
                            float* logits) {
   Worker& w = *workers[static_cast<size_t>(t)];
   acttail::Barrier& barrier = pool.barrier();
-  kernels.decode_dot_row(acttail::as_matrix(model.embedding), token, w.stream.data());
+  kernels.decode_dot_row(model.embedding, token, w.stream.data());
   if (model.embedding_scale != 1.0f) {
     for (auto& v : w.stream) v *= model.embedding_scale;
   }
@@ -196,119 +220,99 @@ void acttail_engine::token(int t, acttail_cache& cache, int64_t token, int64_t p
   }
   if (logits == nullptr) return;
   norm(model.final_norm, w.stream.data(), model.hidden, w.normed.data());
-  const int64_t first = model.vocabulary * t / pool.threads();
-  const int64_t last = model.vocabulary * (t + 1) / pool.threads();
-  kernels.dot_rows(acttail::as_matrix(model.head), w.normed.data(), first, last, logits);
+  head(t, w, logits);
+}
+
+// This thread's part of the logits. Outputs are shared out, not kept rows: runs stay long, and no sums are
+// left to be joined.
+void acttail_engine::head(int t, Worker& w, float* logits) {
+  const int64_t threads = pool.threads(), vocabulary = model.vocabulary;
+  int64_t first = vocabulary * t / threads, last = vocabulary * (t + 1) / threads;
+  if (model.head_input.matrices == 0) {
+    const float* x = w.normed.data();
+    if (model.head_input.segments > 0) {
+      const auto& parts = w.selection.choose(kernels, head_selection, x);
+      std::memcpy(w.masked.data(), parts.begin()->rows.x, sizeof(float) * static_cast<size_t>(model.hidden));
+      x = w.masked.data();
+    }
+    kernels.dot_rows(model.head, x, first, last, logits, w.dot.data());
+    if (t == 0) w.read += static_cast<double>(vocabulary * model.hidden);
+  } else {
+    const acttail_matrix& m = model.head_input.matrix[0];
+    const auto& parts = w.selection.choose(kernels, model.head_input, w.normed.data());
+    if (t == 0) w.read += w.selection.weights();
+    const int64_t block = acttail::kFormatTraits[m.format].block, blocks = m.columns / block;
+    first = blocks * t / threads * block;
+    const int64_t end = blocks * (t + 1) / threads * block;
+    last = std::min(end, vocabulary);
+    float* const sums = head_sums.data();
+    for (int64_t at = first; at < end; at += kHeadColumns) {
+      const int64_t to = std::min(at + kHeadColumns, end);
+      std::fill(sums + at, sums + to, 0.0f);
+      for (const Part& part : parts) kernels.add_rows(m, part.rows, at, to, sums, 1, 0);
+    }
+    first = std::min(first, vocabulary);
+    std::memcpy(logits + first, sums + first, sizeof(float) * static_cast<size_t>(last - first));
+  }
   if (model.logit_softcap > 0) kernels.softcap(logits + first, last - first, model.logit_softcap);
-  if (t == 0) w.read += static_cast<double>(model.vocabulary * model.hidden);
+}
+
+// One token of a sequence that has room for it: everything that is the same for all threads, then the token.
+void acttail_engine::step(acttail_cache& cache, int64_t token, float* logits) {
+  const int64_t position = cache.length;
+  for (size_t r = 0; r < ropes.size(); ++r) {
+    const acttail_rope& rope = ropes[r];
+    for (int64_t j = 0; j < rope.half; ++j) {
+      const float angle = static_cast<float>(position) * rope.inv_freq[j];
+      cosines[r][static_cast<size_t>(j)] = std::cos(angle) * rope.scale;
+      sines[r][static_cast<size_t>(j)] = std::sin(angle) * rope.scale;
+    }
+  }
+  auto run = [&](int t) { this->token(t, cache, token, position, logits); };
+  pool.run(run);
+  cache.length = position + 1;
 }
 
 extern "C" {
 
-acttail_engine* acttail_engine_new(const acttail_model* model, int threads) {
-  if (model == nullptr || threads < 1 || threads > 256 || model->block == nullptr ||
-      model->blocks < 1 || model->hidden < 1 || model->heads < 1 || model->kv_heads < 1 ||
-      model->heads % model->kv_heads != 0 || model->vocabulary < 1) {
-    return nullptr;
+int acttail_engine_new(const acttail_model* model, int threads, acttail_engine** engine) {
+  if (engine == nullptr) return ACTTAIL_BAD_ARGUMENT;
+  *engine = nullptr;
+  if (model == nullptr || threads < 1 || threads > 256 || !acttail::runnable(*model)) {
+    return ACTTAIL_BAD_ARGUMENT;
   }
-  try {
-    return new acttail_engine(*model, threads);
-  } catch (const std::exception&) {
-    return nullptr;
-  }
+  return acttail::guarded([&] {
+    *engine = new acttail_engine(*model, threads);
+    return ACTTAIL_OK;
+  });
 }
 
-void acttail_engine_free(acttail_engine* engine) { delete engine; }
+void acttail_engine_free(acttail_engine* engine) {
+  // In a forked child it is left as it is: what its threads wait on cannot be destroyed without them.
+  if (engine != nullptr && engine->pool.here()) delete engine;
+}
 
 int acttail_engine_forward(acttail_engine* engine, acttail_cache* cache, const int64_t* tokens,
                            int64_t count, int all_logits, float* logits, double* read) {
   if (engine == nullptr || cache == nullptr || tokens == nullptr || count < 1 ||
-      cache->length + count > cache->capacity || cache->blocks != engine->model.blocks) {
+      count > cache->capacity - cache->length || !cache->fits(engine->model)) {
     return ACTTAIL_BAD_ARGUMENT;
   }
+  if (!engine->pool.here()) return ACTTAIL_FAILED;
+  const int64_t vocabulary = engine->model.vocabulary;
   for (int64_t i = 0; i < count; ++i) {
-    if (tokens[i] < 0 || tokens[i] >= engine->model.vocabulary) return ACTTAIL_BAD_ARGUMENT;
+    if (tokens[i] < 0 || tokens[i] >= vocabulary) return ACTTAIL_BAD_ARGUMENT;
   }
-  engine->workers[0]->read = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t position = cache->length;
-    for (size_t r = 0; r < engine->ropes.size(); ++r) {
-      const acttail_rope& rope = engine->ropes[r];
-      for (int64_t j = 0; j < rope.half; ++j) {
-        const float angle = static_cast<float>(position) * rope.inv_freq[j];
-        engine->cosines[r][static_cast<size_t>(j)] = std::cos(angle) * rope.scale;
-        engine->sines[r][static_cast<size_t>(j)] = std::sin(angle) * rope.scale;
-      }
+  return acttail::guarded([&] {
+    engine->reserve(cache->capacity);
+    engine->workers[0]->read = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool wanted = logits != nullptr && (all_logits || i + 1 == count);
+      engine->step(*cache, tokens[i], wanted ? logits + (all_logits ? i * vocabulary : 0) : nullptr);
     }
-    float* out = nullptr;
-    if (logits != nullptr && (all_logits || i + 1 == count)) {
-      out = logits + (all_logits ? i * engine->model.vocabulary : 0);
-    }
-    auto run = [&](int t) { engine->token(t, *cache, tokens[i], position, out); };
-    engine->pool.run(run);
-    cache->length = position + 1;
-  }
-  if (read != nullptr) *read = engine->workers[0]->read;
-  return ACTTAIL_OK;
-}
-
-int acttail_decode_rows(const acttail_matrix* m, int64_t first, int64_t last, int64_t begin,
-                        int64_t end, int as_float, void* out, int threads) {
-  if (m == nullptr || out == nullptr || first < 0 || last < first || last > m->d_in || begin < 0 ||
-      end < begin || end > m->columns || threads < 1) {
-    return ACTTAIL_BAD_ARGUMENT;
-  }
-  const acttail::Kernels& kernels = acttail::kernels();
-  const int64_t width = end - begin;
-  bool failed = false;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    float* row = new (std::nothrow) float[static_cast<size_t>(m->columns + 64)];
-    if (row == nullptr) {
-#pragma omp atomic write
-      failed = true;
-    }
-#pragma omp for schedule(static)
-    for (int64_t i = first; i < last; ++i) {
-      if (row == nullptr) continue;
-      kernels.decode_row(acttail::as_matrix(*m), i, row);
-      if (as_float) {
-        std::memcpy(static_cast<float*>(out) + (i - first) * width, row + begin,
-                    sizeof(float) * static_cast<size_t>(width));
-        continue;
-      }
-      uint16_t* to = static_cast<uint16_t*>(out) + (i - first) * width;
-      const int64_t whole = width / 16 * 16;
-      kernels.encode_kv(acttail::kKvBf16, row + begin, whole, to, nullptr);
-      if (whole < width) {
-        float tail[16] = {};
-        uint16_t rounded[16];
-        std::memcpy(tail, row + begin + whole, sizeof(float) * static_cast<size_t>(width - whole));
-        kernels.encode_kv(acttail::kKvBf16, tail, 16, rounded, nullptr);
-        std::memcpy(to + whole, rounded, sizeof(uint16_t) * static_cast<size_t>(width - whole));
-      }
-    }
-    delete[] row;
-  }
-  return failed ? ACTTAIL_OUT_OF_MEMORY : ACTTAIL_OK;
-}
-
-int acttail_add_rows(const acttail_matrix* m, const int32_t* index, const float* x, int64_t count,
-                     int64_t begin, int64_t end, float* y, int64_t batch, int64_t stride) {
-  if (m == nullptr || (x == nullptr && count > 0) || y == nullptr || count < 0 || count > m->d_in || begin < 0 ||
-      end > m->columns || begin % acttail::kBlock || end % acttail::kBlock || batch < 1 ||
-      batch > 8) {
-    return ACTTAIL_BAD_ARGUMENT;
-  }
-  const acttail::Rows rows{index, x, count, 0};
-  acttail::kernels().add_rows(acttail::as_matrix(*m), rows, begin, end, y, batch, stride);
-  return ACTTAIL_OK;
-}
-
-int acttail_dot_rows(const acttail_matrix* m, const float* x, float* y) {
-  if (m == nullptr || x == nullptr || y == nullptr) return ACTTAIL_BAD_ARGUMENT;
-  acttail::kernels().dot_rows(acttail::as_matrix(*m), x, 0, m->d_in, y);
-  return ACTTAIL_OK;
+    if (read != nullptr) *read = engine->workers[0]->read;
+    return ACTTAIL_OK;
+  });
 }
 
 }  // extern "C"

@@ -13,42 +13,67 @@ enum acttail_rule {
   ACTTAIL_THRESHOLD = 2,  // the entries with |x| > threshold
 };
 
-// A weight matrix; see kernels.hpp for the layouts. format: 0 fp32, 1 bf16, 2 int8, 3 int4.
-struct acttail_matrix {
-  int32_t format;
-  int32_t group;
-  int64_t d_in;
-  int64_t columns;
-  const void* data;
-  const uint16_t* scale;
-  const uint16_t* minimum;
+enum acttail_activation {
+  ACTTAIL_SILU = 0,
+  ACTTAIL_GELU_TANH = 1,
+  ACTTAIL_GELU_ERF = 2,
+  ACTTAIL_RELU = 3,
 };
 
-// One projection's outputs inside a fused matrix: columns begin .. end (multiples of 64).
+// A weight matrix. Input-major: row i holds the weights that input i meets, one per output. Output-major: row
+// j holds the weights of output j, one per input. Scales and minima are IEEE halves: [ceil(rows / group)]
+// [columns] of an input-major matrix, [rows][ceil(columns / group)] of an output-major one.
+//
+// The formats of GGUF files, input-major only, keep the file's own numbers (transcode.cpp writes them):
+// - data: four bits of each weight. Byte 16 L + 4 u + e of the 64 bytes of a block of 128 columns holds column
+//   16 u + 4 L + e below and the one 64 further above (L, u, e = 0 .. 3): where interleaving four rows'
+//   bytes leaves each sum is then where its column is.
+// - plane: the bits above those. One: byte 4 u + e of 16 holds at bit 2 L that of the byte's lower column, at
+//   2 L + 1 the upper's. Two: byte 16 (L % 2) + 4 u + e of 32 holds them at bits 4 (L / 2) and 4 (L / 2) + 2.
+// - K formats: weight = scale * sub_scale * level - minimum * sub_minimum, scale and minimum [rows / 256]
+//   [columns]. Others: scale * level + minimum. Levels without minima count from the middle.
+struct acttail_matrix {
+  int32_t format;  // 0 fp32, 1 bf16, 2 int8, 3 int4, 4 Q4_K, 5 Q5_K, 6 Q6_K, 7 Q5_0, 8 Q5_1 (formats.hpp)
+  int32_t group;   // inputs that share a scale; 0 without scales
+  int64_t rows;
+  int64_t columns;    // padded to a multiple of 64, of 128 in the formats of files
+  const void* data;   // [rows][columns]
+  const uint16_t* scale;
+  const uint16_t* minimum;  // null: symmetric levels
+  const void* plane;         // [rows][columns] of one or two bits, or null
+  const void* sub_scale;     // [rows / 32][columns] bytes; Q6_K: [rows / 16][columns] signed ones; or null
+  const void* sub_minimum;   // [rows / 128][columns][4] bytes, one for each 32 inputs; or null
+};
+
+// One projection's outputs among those that read the same vector: columns begin .. end (whole blocks of its
+// matrix), of which the first `outputs` hold weights and the rest is padding.
 struct acttail_segment {
   int64_t begin;
   int64_t end;
+  int64_t outputs;
   int64_t k;
-  const float* score_scale;  // [d_in] or null
+  const float* score_scale;  // [rows] or null
   float threshold;
   int32_t rule;
   int32_t dense_kernel;  // read every row even though most of x is zeroed (faster at high density)
   int32_t padding;
 };
 
-// Projections that read one vector, side by side. More outputs come first in none: segments are in
-// descending order of kept entries, so that a kept row is read from its start.
+// Projections that read one vector, side by side, in any order: each begins where the one before it ends.
+// A row that several of them keep is read in one run where they are neighbours in one matrix, so whoever lays
+// a matrix out puts first what keeps most. Projections of one format share a matrix; each further format
+// has one of its own, whose columns begin where those of the matrix before it end. No projection lies in two.
 struct acttail_fused {
-  struct acttail_matrix matrix;
+  struct acttail_matrix matrix[3];
   struct acttail_segment segment[3];
-  const float* bias;  // [columns] or null
-  int32_t segments;   // 0: the block has no such projection
-  int32_t padding;
+  const float* bias;  // [columns] of all matrices together, or null
+  int32_t segments;   // 1 to 3
+  int32_t matrices;   // 1 to 3, all of the same rows
 };
 
 struct acttail_norm {
   const float* weight;  // [n]; null: no norm here
-  const float* bias;    // [n] or null
+  const float* bias;    // [n] or null; of LayerNorm only
 };
 
 struct acttail_block {
@@ -76,25 +101,32 @@ struct acttail_model {
   const struct acttail_block* block;
   const struct acttail_rope* rope;
   struct acttail_matrix embedding;  // output-major [vocabulary][hidden]
-  struct acttail_matrix head;       // output-major [vocabulary][hidden]
+  struct acttail_matrix head;       // output-major [vocabulary][hidden]; not read if head_input has a matrix
+  // The output head as a projection of one segment. With a matrix, input-major [hidden][vocabulary]: kept
+  // rows alone are read. Without one, only the selection: `head` is read whole, on the input masked by it. No
+  // segments: dense.
+  struct acttail_fused head_input;
   struct acttail_norm final_norm;
   int64_t blocks, ropes, hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
   float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale;
   int32_t layer_norm;  // 1: LayerNorm instead of RMSNorm
-  int32_t activation;  // 0 silu, 1 tanh-gelu, 2 erf-gelu, 3 relu
-  int32_t kv_format;   // 0 fp32, 1 bf16, 2 int8
+  int32_t activation;  // an acttail_activation
+  int32_t kv_format;   // 0 fp32, 1 bf16, 2 int8 (formats.hpp)
 };
 
 struct acttail_engine;
 struct acttail_cache;
 
-// The structs are copied; what they point to must outlive the engine. Null on bad arguments.
-ACTTAIL_API struct acttail_engine* acttail_engine_new(const struct acttail_model* model, int threads);
+// Makes an engine, if all sizes, offsets, formats and rules of the model are such that no call can read or write
+// outside of what is described; what pointers lead to cannot be checked. Its tokens are run by 1 to 256 threads together. The structs are copied; what they point to
+// must outlive the engine. *engine is null unless the status is ACTTAIL_OK.
+ACTTAIL_API int acttail_engine_new(const struct acttail_model* model, int threads,
+                                   struct acttail_engine** engine);
 ACTTAIL_API void acttail_engine_free(struct acttail_engine* engine);
 
-// A KV cache of `capacity` positions; null when memory runs out.
-ACTTAIL_API struct acttail_cache* acttail_cache_new(const struct acttail_engine* engine,
-                                                    int64_t capacity);
+// Makes a KV cache of `capacity` positions. *cache is null unless the status is ACTTAIL_OK.
+ACTTAIL_API int acttail_cache_new(const struct acttail_engine* engine, int64_t capacity,
+                                  struct acttail_cache** cache);
 ACTTAIL_API void acttail_cache_free(struct acttail_cache* cache);
 ACTTAIL_API int64_t acttail_cache_length(const struct acttail_cache* cache);
 ACTTAIL_API int64_t acttail_cache_bytes(const struct acttail_cache* cache);
@@ -110,7 +142,12 @@ ACTTAIL_API int acttail_cache_read(struct acttail_cache* cache, int64_t block, i
 ACTTAIL_API int acttail_cache_set_length(struct acttail_cache* cache, int64_t length);
 
 // Run `count` tokens one after the other. logits is [count][vocabulary] if all_logits, else
-// [vocabulary] of the last token. read, if not null, receives the number of weights that were read.
+// [vocabulary] of the last token. read, if not null, receives how many weights all these tokens read: of every
+// projection, the rows it read (those it keeps, all of them under a dense kernel) times its outputs, and
+// vocabulary * hidden for every row of logits, or what was read of a head with rows of its own. Padding,
+// scales, norms and the embedding's row do not count, so that a dense token without logits reads exactly as many
+// weights as its projections have. An engine belongs to the process that made it: in a
+// child of fork() its threads are not there, and the call says ACTTAIL_FAILED.
 ACTTAIL_API int acttail_engine_forward(struct acttail_engine* engine, struct acttail_cache* cache,
                                        const int64_t* tokens, int64_t count, int all_logits,
                                        float* logits, double* read);
@@ -119,14 +156,26 @@ ACTTAIL_API int acttail_engine_forward(struct acttail_engine* engine, struct act
 // [last - first][end - begin].
 ACTTAIL_API int acttail_decode_rows(const struct acttail_matrix* m, int64_t first, int64_t last,
                                     int64_t begin, int64_t end, int as_float, void* out, int threads);
-// y[b][j] += sum over the kept rows; see kernels.hpp. x is [count][batch].
+// y[b][j] += sum over the kept rows; see kernels.def. x is [count][batch].
 ACTTAIL_API int acttail_add_rows(const struct acttail_matrix* m, const int32_t* index, const float* x,
                                  int64_t count, int64_t begin, int64_t end, float* y, int64_t batch,
                                  int64_t stride);
-// y[b] = W TopK(x[b]) for 1 to 8 vectors; x is [rows][d_in], y [rows][columns].
-ACTTAIL_API int acttail_sparse_linear(const struct acttail_matrix* m, const float* x, int64_t rows,
+// y[b] = W TopK(x[b]) of an input-major matrix for 1 to 8 vectors; x is [vectors][m->rows], y
+// [vectors][m->columns].
+ACTTAIL_API int acttail_sparse_linear(const struct acttail_matrix* m, const float* x, int64_t vectors,
                                       int64_t k, float* y, int threads);
-// y = W x of an output-major matrix.
+// Writes the blocks of a GGUF tensor [outputs][inputs], of a type (ggml's number) whose numbers the matrix' format holds
+// (Q4_0, Q4_1: int4; Q8_0, IQ4_NL: int8; Q3_K, Q6_K: Q6_K; Q4_K, Q5_K, Q5_0, Q5_1: their own), into columns `column` ..
+// of an input-major matrix, whose arrays must be writable; `column` is a multiple of the format's block of 64 or 128,
+// and what is left of the last one becomes zeros. Inputs are the matrix' rows, its group those of a block of the file.
+// Column j takes output order[j], j itself if order is null.
+ACTTAIL_API int acttail_transcode(const struct acttail_matrix* m, int64_t column, int32_t type, const void* blocks,
+                                  int64_t outputs, const int64_t* order, int threads);
+// Writes a GGUF tensor [rows][inputs] of a type (ggml's number: Q4_0 .. Q8_0, Q2_K .. Q6_K, IQ4_NL, IQ4_XS, F32, F16,
+// BF16) into an output-major int8 matrix with a scale for every 32 inputs; inputs are a multiple of a block and of 32.
+ACTTAIL_API int acttail_refit(const struct acttail_matrix* m, int64_t inputs, int32_t type, const void* blocks,
+                              int threads);
+// y = W x of an output-major matrix; x is [columns], y [rows].
 ACTTAIL_API int acttail_dot_rows(const struct acttail_matrix* m, const float* x, float* y);
 
 #ifdef __cplusplus

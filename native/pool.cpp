@@ -1,17 +1,39 @@
 #include "pool.hpp"
 
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
 namespace acttail {
 
 namespace {
+int64_t process() {
+#if defined(_WIN32)
+  return 0;  // no fork
+#else
+  return static_cast<int64_t>(getpid());
+#endif
+}
+
 // About 0.1 ms: longer than sampling a token takes, shorter than anyone notices.
 constexpr int kSpins = 3000;
 }  // namespace
 
-Pool::Pool(int threads) : barrier_(threads) {
-  for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
+Pool::Pool(int threads) : process_(process()), barrier_(threads) {
+  workers_.reserve(static_cast<size_t>(threads - 1));
+  try {
+    for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { work(t); });
+  } catch (...) {
+    stop();  // those that did start; a joinable thread's destructor would end the process
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+bool Pool::here() const { return workers_.empty() || process_ == process(); }
+
+void Pool::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_.store(true, std::memory_order_release);

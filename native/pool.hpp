@@ -50,10 +50,14 @@ class Barrier {
 // then sleep, so that an idle engine costs nothing and does not fight torch's own threads.
 class Pool {
  public:
+  // Throws what a thread that cannot be started throws.
   explicit Pool(int threads);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
+
+  // Whether this is the process that the threads run in: a child of fork() has none of them.
+  bool here() const;
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
   Barrier& barrier() { return barrier_; }
@@ -71,8 +75,10 @@ class Pool {
   using Call = void (*)(void*, int);
   void start(Call call, void* context);
   void finish();
+  void stop();
   void work(int thread);
 
+  const int64_t process_;
   Barrier barrier_;
   std::vector<std::thread> workers_;
   std::mutex mutex_;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+// Unnamed: the same names in another instruction set's translation unit are other functions.
+namespace {
 namespace simd {
 
 constexpr int W = 8;
@@ -41,11 +43,6 @@ inline float sum(F v) {
 }
 inline void sum_four(const F* v, float* out) {
   for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
-}
-inline float maximum(F v) {
-  __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
 inline F load_bf16(const uint16_t* p) {
@@ -97,7 +94,53 @@ inline F level(__m256i index, Levels t) {
 inline F low_nibble(Bytes b, Levels t) { return level(b.v, t); }
 inline F high_nibble(Bytes b, Levels t) { return level(_mm256_srli_epi32(b.v, 4), t); }
 
+// Integer vectors of as many bytes as a vector of floats has, in 128-bit lanes: low_* and high_* interleave the
+// lower and upper halves of each lane of a and b, as bytes or as 16-bit words.
+using I = __m256i;
+constexpr int kBytes = 32;
+
+inline I splat(int32_t v) { return _mm256_set1_epi32(v); }
+inline I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_int(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+// The same 16 bytes in every lane; the same 32 in every two lanes.
+inline I repeat16(const void* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline I repeat32(const void* p) { return load_int(p); }
+inline I low_bytes(I a, I b) { return _mm256_unpacklo_epi8(a, b); }
+inline I high_bytes(I a, I b) { return _mm256_unpackhi_epi8(a, b); }
+inline I low_words(I a, I b) { return _mm256_unpacklo_epi16(a, b); }
+inline I high_words(I a, I b) { return _mm256_unpackhi_epi16(a, b); }
+inline I both(I a, I b) { return _mm256_and_si256(a, b); }
+inline I either(I a, I b) { return _mm256_or_si256(a, b); }
+// Of 16-bit words.
+template <int N>
+inline I left16(I v) { return _mm256_slli_epi16(v, N); }
+template <int N>
+inline I right16(I v) { return _mm256_srli_epi16(v, N); }
+// Of 32-bit words.
+template <int N>
+inline I left32(I v) { return _mm256_slli_epi32(v, N); }
+inline I right32(I v, I counts) { return _mm256_srlv_epi32(v, counts); }
+inline I add32(I a, I b) { return _mm256_add_epi32(a, b); }
+inline I mul32(I a, I b) { return _mm256_mullo_epi32(a, b); }
+// W bytes, one per 32-bit word.
+inline I widen_unsigned(const void* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
+inline I widen_signed(const void* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
+inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+
+// Adds the products of four unsigned bytes of a and signed ones of b to each 32-bit word of sums; kept in pairs
+// of 16 bits where kPairs, so that a pair's products must stay within 32,767; whole() makes them one.
+constexpr bool kPairs = true;
+inline I dots(I sums, I a, I b) { return _mm256_add_epi16(sums, _mm256_maddubs_epi16(a, b)); }
+inline I whole(I sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace simd
+}  // namespace

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+// Unnamed: the same names in another instruction set's translation unit are other functions.
+namespace {
 namespace simd {
 
 constexpr int W = 16;
@@ -36,7 +38,6 @@ inline void sum_four(const F* v, float* out) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(ab), _mm512_extractf32x8_ps(ab, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
-inline float maximum(F v) { return _mm512_reduce_max_ps(v); }
 
 inline F load_bf16(const uint16_t* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -80,7 +81,61 @@ inline F high_nibble(Bytes b, Levels t) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(b.v, 4), t.v);
 }
 
+// Integer vectors of as many bytes as a vector of floats has, in 128-bit lanes: low_* and high_* interleave the
+// lower and upper halves of each lane of a and b, as bytes or as 16-bit words.
+using I = __m512i;
+constexpr int kBytes = 64;
+
+inline I splat(int32_t v) { return _mm512_set1_epi32(v); }
+inline I load_int(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_int(void* p, I v) { _mm512_storeu_si512(p, v); }
+// The same 16 bytes in every lane; the same 32 in every two lanes.
+inline I repeat16(const void* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline I repeat32(const void* p) {
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+inline I low_bytes(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
+inline I high_bytes(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
+inline I low_words(I a, I b) { return _mm512_unpacklo_epi16(a, b); }
+inline I high_words(I a, I b) { return _mm512_unpackhi_epi16(a, b); }
+inline I both(I a, I b) { return _mm512_and_si512(a, b); }
+inline I either(I a, I b) { return _mm512_or_si512(a, b); }
+// Of 16-bit words.
+template <int N>
+inline I left16(I v) { return _mm512_slli_epi16(v, N); }
+template <int N>
+inline I right16(I v) { return _mm512_srli_epi16(v, N); }
+// Of 32-bit words.
+template <int N>
+inline I left32(I v) { return _mm512_slli_epi32(v, N); }
+inline I right32(I v, I counts) { return _mm512_srlv_epi32(v, counts); }
+inline I add32(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I mul32(I a, I b) { return _mm512_mullo_epi32(a, b); }
+// W bytes, one per 32-bit word.
+inline I widen_unsigned(const void* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline I widen_signed(const void* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+
+// Adds the products of four unsigned bytes of a and signed ones of b to each 32-bit word of sums; kept in pairs
+// of 16 bits where kPairs, so that a pair's products must stay within 32,767; whole() makes them one.
+#if defined(__AVX512VNNI__)
+constexpr bool kPairs = false;
+inline I dots(I sums, I a, I b) { return _mm512_dpbusd_epi32(sums, a, b); }
+inline I whole(I sums) { return sums; }
+#else
+constexpr bool kPairs = true;
+inline I dots(I sums, I a, I b) { return _mm512_add_epi16(sums, _mm512_maddubs_epi16(a, b)); }
+inline I whole(I sums) { return _mm512_madd_epi16(sums, _mm512_set1_epi16(1)); }
+#endif
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace simd
+}  // namespace

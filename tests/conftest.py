@@ -1,12 +1,16 @@
 """Fixtures: an isolated cache, tiny models on disk, a byte-level tokenizer."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from byte_tokens import byte_tokenizer
 from families import build, config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
+
+# Test files lend each other their small models; each is to run alone, too.
+sys.path += [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir()]
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -15,17 +19,6 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 def _own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache, nor the network."""
     monkeypatch.setenv("ACTTAIL_CACHE", str(tmp_path / "cache"))
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
-    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 @pytest.fixture(scope="session")

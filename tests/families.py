@@ -1,5 +1,6 @@
 """Tiny random models of every family the tests cover, built from configs, without any download."""
 
+import copy
 from functools import cache
 
 import torch
@@ -7,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -19,6 +21,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Starcoder2Config,
 )
 
 _COMMON = {
@@ -35,6 +38,7 @@ _COMMON = {
 }
 
 
+@cache
 def _config(family: str) -> PreTrainedConfig:
     c = _COMMON
     match family:
@@ -54,12 +58,16 @@ def _config(family: str) -> PreTrainedConfig:
             return Qwen2Config(**c)
         case "qwen3":
             return Qwen3Config(**c, head_dim=16)
+        case "gemma":
+            return GemmaConfig(**c, head_dim=12)
         case "gemma2":
             return Gemma2Config(**c, head_dim=12, sliding_window=8)
         case "gemma3":
             return Gemma3TextConfig(**c, head_dim=12, sliding_window=8)
         case "phi3":
             return Phi3Config(**c)
+        case "starcoder2":
+            return Starcoder2Config(**c, sliding_window=8)
         case "gpt2":
             return GPT2Config(
                 vocab_size=99, n_embd=48, n_layer=3, n_head=4, n_positions=128,
@@ -87,23 +95,44 @@ def _config(family: str) -> PreTrainedConfig:
 
 
 FAMILIES = [
-    "llama", "llama-mqa-tied", "llama-odd", "mistral", "qwen2", "qwen3", "gemma2", "gemma3",
-    "phi3", "gpt2", "opt", "mixtral", "qwen2-moe", "qwen3-moe",
+    "llama", "llama-mqa-tied", "llama-odd", "mistral", "qwen2", "qwen3", "gemma", "gemma2",
+    "gemma3", "phi3", "starcoder2", "gpt2", "opt", "mixtral", "qwen2-moe", "qwen3-moe",
 ]  # fmt: skip
 MOE = ["mixtral", "qwen2-moe", "qwen3-moe"]
 
 
-@cache
 def config(family: str) -> PreTrainedConfig:
-    return _config(family)
+    """One's own, to be changed at will."""
+    return copy.deepcopy(_config(family))
 
 
 def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A fresh random model in eval mode; biases are random too, so that a lost one shows."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config(family), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or parameter.dim() == 3:
             parameter.data.normal_(0, 0.02, generator=generator)
     return model.to(dtype).eval()
+
+
+def tempered(family: str, factor: float, seed: int = 0, **changes) -> PreTrainedModel:
+    """A tiny random model in float32 whose matrices are larger, so that its outputs are far from uniform.
+
+    Args:
+        family: as of :func:`config`.
+        factor: of all matrices.
+        seed: of the weights.
+        changes: to the family's config.
+    """
+    base = config(family)
+    settings = base.__class__(**{**base.to_dict(), **changes})
+    settings._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() >= 2:
+                p.mul_(factor)
+    return model

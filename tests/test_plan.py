@@ -7,8 +7,8 @@ import torch
 from families import FAMILIES, build
 
 from acttail import SparsityPlan, make_plan
-from acttail.checkpoint import LoadedWeights
 from acttail.errors import BudgetError, PlanError
+from acttail.model.weights import LoadedWeights
 from acttail.plan import build_plan, sketch
 
 
@@ -43,6 +43,18 @@ def test_round_trip(family, tmp_path):
         (lambda d: next(iter(d["projections"].values())).update(sparsity=2.0), "out of range"),
         (lambda d: next(iter(d["projections"].values())).update(hue=1), "unknown key 'hue'"),
         (lambda d: next(iter(d["projections"].values())).update(sketch="ab"), "projection"),
+        (lambda d: next(iter(d["projections"].values())).update(block="<b>"), "block is wrong"),
+        (lambda d: next(iter(d["projections"].values())).update(block=-1), "block is out of range"),
+        (lambda d: next(iter(d["projections"].values())).update(k=2.0), "k is wrong"),
+        (lambda d: next(iter(d["projections"].values())).update(kind="q\x1b[31m"), "kind is out"),
+        (
+            lambda d: next(iter(d["projections"].values())).update(threshold="0.1"),
+            "threshold is wrong",
+        ),
+        (lambda d: next(iter(d["projections"].values())).update(sparsity=0.9), "do not belong"),
+        (lambda d: d["projections"].update({"a\nb": {}}), "projections"),
+        (lambda d: d.update(model="m\x07"), "model is out of range"),
+        (lambda d: d.update(sparsity=True), "sparsity is wrong"),
     ],
 )
 def test_malformed(llama, tmp_path, change, match):
@@ -92,6 +104,9 @@ def test_one_changed_matrix_is_named(llama):
 def test_the_same_model_in_another_dtype_is_the_same(llama, dtype):
     plan = make_plan(llama, 0.5, allocator="uniform")
     plan.check(LoadedWeights(llama.to(dtype)))
+    llama.model.layers[0].mlp.up_proj.weight.data *= 1.5
+    with pytest.raises(PlanError, match=r"layers\.0\.mlp\.up_proj differ"):
+        plan.check(LoadedWeights(llama))
 
 
 def test_sketch_is_layout_independent():

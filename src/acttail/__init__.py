@@ -8,16 +8,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from acttail._register import register_when_imported
+from acttail._register import lend_readers, register_when_imported
 from acttail._version import __version__
 
 if TYPE_CHECKING:
     from acttail.allocate import make_plan
-    from acttail.analysis import analyze
     from acttail.evaluate.perplexity import perplexity
-    from acttail.models import load
+    from acttail.model.load import load
     from acttail.plan import SparsityPlan
-    from acttail.sparsify import densify_, sparsify_
+    from acttail.sparse.apply import densify_, sparsify_
+    from acttail.spectrum.analysis import analyze
 
 __all__ = [
     "SparsityPlan",
@@ -32,12 +32,12 @@ __all__ = [
 
 _HOMES = {
     "SparsityPlan": "acttail.plan",
-    "analyze": "acttail.analysis",
-    "densify_": "acttail.sparsify",
-    "load": "acttail.models",
+    "analyze": "acttail.spectrum.analysis",
+    "densify_": "acttail.sparse.apply",
+    "load": "acttail.model.load",
     "make_plan": "acttail.allocate",
     "perplexity": "acttail.evaluate.perplexity",
-    "sparsify_": "acttail.sparsify",
+    "sparsify_": "acttail.sparse.apply",
 }
 
 
@@ -57,3 +57,4 @@ def __dir__() -> list[str]:
 
 
 register_when_imported()
+lend_readers()

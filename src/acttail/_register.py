@@ -1,4 +1,4 @@
-"""Register the quantizer with transformers as soon as transformers is there, and not before.
+"""What lower rooms are lent by higher ones, and transformers by us, without importing any of it before it is used.
 
 `import acttail` must stay cheap, so it does not import transformers; but a sparse checkpoint must
 load with plain `AutoModelForCausalLM.from_pretrained` after it.
@@ -10,8 +10,10 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
-_REGISTRY = "transformers.quantizers.auto"
+from acttail.model.hf import QUANTIZER_REGISTRY
+from acttail.model.names import PackedSource
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -23,7 +25,7 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _REGISTRY:
+        if name != QUANTIZER_REGISTRY:
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
@@ -37,12 +39,22 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         if self._loader is not None:
             self._loader.exec_module(module)
-            importlib.import_module("acttail.transformers")
+            importlib.import_module("acttail.sparse.hf_plugin")
 
 
 def register_when_imported() -> None:
     """Register now if transformers' registry is loaded, else right after it loads."""
-    if _REGISTRY in sys.modules:
-        importlib.import_module("acttail.transformers")
+    if QUANTIZER_REGISTRY in sys.modules:
+        importlib.import_module("acttail.sparse.hf_plugin")
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
+
+
+def lend_readers() -> None:
+    """Let the room of models read what the engine packed."""
+
+    def packed(source: PackedSource) -> Any:
+        room = importlib.import_module("acttail.engine.packed_weights")
+        return room.PackedWeights(source.name, source.path)
+
+    PackedSource.reader = staticmethod(packed)

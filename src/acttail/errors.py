@@ -31,3 +31,9 @@ class TextError(ActTailError):
 
 class ActTailWarning(UserWarning):
     """A result is usable but something about it should be known."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or its type: what fits in one line for a user."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,1 +1,1 @@
-"""Holds the compiled library; see :mod:`acttail.backends.cpu`."""
+"""Holds the compiled library; see :mod:`acttail.sparse.backends.cpu`."""

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from acttail.allocate.base import AllocationContext, Allocator, Array, block_means, unit
-from acttail.budget import solve_offsets
+from acttail.allocate.base import Allocation, Allocator, block_means, unit
+from acttail.allocate.context import AllocationContext, Array
 from acttail.errors import ActTailError
+from acttail.maths.budget import solve_offsets
 
 GRANULARITIES = ("projection", "block", "type-normalised", "within-block", "two-level")
 
@@ -60,13 +61,22 @@ def _z_scores(values: Array, kinds: list[str]) -> Array:
     return scores
 
 
-def allocate(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
-    """[P] sparsities by ActTail's rule; see :func:`offsets`."""
-    alphas = context.alphas(arguments["estimator"])
+def allocate(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Allocation:
+    """ActTail's rule; see :func:`offsets`."""
+    return from_alphas(context, sparsity, arguments, context.alphas(arguments["estimator"]))
+
+
+def from_alphas(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any], alphas: Array
+) -> Allocation:
+    """ActTail's rule on other exponents [P] than those of the fits, which the plan notes."""
     wanted = offsets(
         alphas, context, arguments["granularity"], arguments["epsilon"], arguments["epsilon_within"]
     )
-    return solve_offsets(wanted, context.costs, sparsity)
+    solved = solve_offsets(wanted, context.costs, sparsity)
+    return Allocation(solved, context.fits(arguments["estimator"]))
 
 
 # Chosen on calibration text (docs/log.md, 2026-11-24): the within-block capacity rule held on every

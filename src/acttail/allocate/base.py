@@ -1,84 +1,45 @@
-"""What an allocator is and what it may look at."""
+"""What an allocator is: one row, made of a function from a model and a sparsity to an allocation."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from acttail.analysis import Progress, alphas_or_mean, spectra
-from acttail.budget import HIGHEST, check_target, model_sparsity
-from acttail.calibrate import Calibration
-from acttail.checkpoint import WeightSource
-from acttail.errors import ActTailError, BudgetError, TextError
-from acttail.projections import Projection
-from acttail.tail import ESTIMATORS, TailFit
-
-Array = npt.NDArray[np.float64]
+from acttail.allocate.context import AllocationContext, Array
+from acttail.calibrate.thresholds import Calibrate
+from acttail.errors import ActTailError, BudgetError
+from acttail.maths.budget import HIGHEST, check_target, model_sparsity
+from acttail.sparse.rules import TOPK, RuleKind
+from acttail.spectrum.tail import TailFit
 
 
-@dataclass
-class AllocationContext:
-    """The model as an allocator sees it; spectra and fits are made when first asked for.
+@dataclass(frozen=True)
+class Allocation:
+    """What an allocator returns.
 
     Attributes:
-        weights: names, shapes, costs and weights of the projections.
-        progress: called with (done, total) during long work.
-        calibration: what a calibrated allocator needs; None for data-free ones.
+        sparsities: [P], in the order of the context's projections; they meet the budget.
+        fits: projection name -> the tail fits they were made from, which the plan notes; None if alpha
+            played no part.
     """
 
-    weights: WeightSource
-    progress: Progress | None = None
-    calibration: Calibration | None = None
-    used_fits: dict[str, TailFit] | None = None
-    _spectra: dict[bool, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def projections(self) -> list[Projection]:
-        """The projections, in the order of every array an allocator returns."""
-        return self.weights.projections
-
-    @property
-    def costs(self) -> Array:
-        """[P] weights read per token."""
-        return np.array([p.cost for p in self.projections], dtype=np.float64)
-
-    @property
-    def blocks(self) -> npt.NDArray[np.int64]:
-        """[P] block indices."""
-        return np.array([p.block for p in self.projections], dtype=np.int64)
-
-    def eigenvalues(self, *, farms: bool = False) -> dict[str, Any]:
-        """Projection name -> ascending eigenvalues."""
-        if farms not in self._spectra:
-            self._spectra[farms] = spectra(self.weights, farms=farms, progress=self.progress)
-        return self._spectra[farms]
-
-    def alphas(self, estimator: str) -> Array:
-        """[P] exponents by the named estimator; noted in the plan as the fits that were used.
-
-        Raises:
-            ActTailError: unknown estimator.
-            SpectrumError: nothing to fit.
-        """
-        if estimator not in ESTIMATORS:
-            raise ActTailError(f"unknown estimator {estimator!r}: use {', '.join(ESTIMATORS)}")
-        found = self.eigenvalues(farms=estimator == "farms")
-        fits = {p.name: ESTIMATORS[estimator](found[p.name]) for p in self.projections}
-        self.used_fits = fits
-        return alphas_or_mean([fits[p.name] for p in self.projections])
+    sparsities: Array
+    fits: Mapping[str, TailFit] | None = None
 
 
-def calibration_of(context: AllocationContext) -> Calibration:
-    """The context's calibration.
+class Needs(Enum):
+    """What an allocator looks at, and so what another sparsity takes once there is a plan."""
 
-    Raises:
-        TextError: there is none.
-    """
-    if context.calibration is None:
-        raise TextError("this allocator is calibrated: give --calibration-text (or 'self')")
-    return context.calibration
+    ENTRIES = "shapes, costs and exponents, all of which a plan holds"
+    SPECTRA = "the spectra of the weights"
+    CURVES = "sensitivity curves: those of a file, or measured on text"
+    TEXT = "calibration text, each time"
+
+
+Allocate = Callable[[AllocationContext, float, Mapping[str, Any]], Allocation]
 
 
 @dataclass(frozen=True)
@@ -89,17 +50,30 @@ class Allocator:
         name: as given to `--allocator`.
         summary: one line for `--help` and the docs.
         defaults: argument name -> default; its type is the argument's type.
-        allocate: (context, sparsity, arguments) -> [P] sparsities that meet the budget.
-        needs_text: whether it must see calibration text.
-        rule: which entries stay, unless the user says otherwise.
+        allocate: (context, sparsity, arguments) -> :class:`Allocation`.
+        needs: what `allocate` looks at.
+        rule: which entries stay, unless the user says otherwise: one that
+            :data:`acttail.allocate.selection.SELECTIONS` can calibrate or, with `calibrate`, any.
+        fixed_rule: the rule is what the allocator is about: no other may be asked for.
+        calibrate: the allocator's own step, (calibration, sparsities by name) -> further fields of the
+            plan's entries; instead of the one its rule has.
+        head: whether the output head can take part in its budget.
+        head_asked: (context, arguments) -> whether it does without being asked for, in a model that has a
+            head which can be sparse.
     """
 
     name: str
     summary: str
     defaults: Mapping[str, Any]
-    allocate: Callable[[AllocationContext, float, Mapping[str, Any]], Array]
-    needs_text: bool = False
-    rule: str = "topk"
+    allocate: Allocate
+    needs: Needs = Needs.ENTRIES
+    rule: RuleKind = TOPK
+    fixed_rule: bool = False
+    calibrate: Calibrate | None = None
+    head: bool = True
+    head_asked: Callable[[AllocationContext, Mapping[str, Any]], bool] = lambda context, arguments: (
+        False
+    )
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults overridden by what was given, each in the type of its default.

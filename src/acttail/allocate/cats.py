@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 
-from acttail.allocate.base import AllocationContext, Allocator, Array, confined
-from acttail.calibrate import Calibration
+from acttail.allocate.base import Allocation, Allocator, confined
+from acttail.allocate.context import AllocationContext
+from acttail.calibrate.calibration import Calibration
+from acttail.calibrate.thresholds import Extras, quantile
 from acttail.errors import ModelError
-from acttail.projections import find_projections, gated_mlps
-from acttail.sparsify import activation_of
-from acttail.thresholds import quantile
+from acttail.model.projections import find_projections, gated_mlps
+from acttail.sparse.rules import cats as rule
 
 
-def allocate(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
-    """[P] one sparsity for every `up` and `down`, 0 elsewhere.
+def allocate(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Allocation:
+    """One sparsity for every `up` and `down`, 0 elsewhere.
 
     Raises:
         ModelError: no MLP has gate, up and down projections of its own.
@@ -29,12 +32,10 @@ def allocate(context: AllocationContext, sparsity: float, arguments: Mapping[str
     touched = {p.name for _, *pair in gated_mlps(context.projections) for p in pair}
     if not touched:
         raise ModelError("cats needs MLPs with gate, up and down projections; this model has none")
-    return confined(context, sparsity, touched, "cats", "it touches up and down only")
+    return Allocation(confined(context, sparsity, touched, "cats", "it touches up and down only"))
 
 
-def gate_thresholds(
-    calibration: Calibration, sparsities: Mapping[str, float]
-) -> dict[str, dict[str, float]]:
+def gate_thresholds(calibration: Calibration, sparsities: Mapping[str, float]) -> Extras:
     """Quantiles of |act(gate)| in the dense model.
 
     Args:
@@ -49,7 +50,7 @@ def gate_thresholds(
     handles = []
     mlps = gated_mlps(find_projections(model))
     for gate, _, _ in mlps:
-        activation = activation_of(model.get_submodule(gate.module.rpartition(".")[0]))
+        activation = rule.activation_of(model.get_submodule(gate.module.rpartition(".")[0]))
 
         def see(
             _m: Any, _a: Any, output: torch.Tensor, name: str = gate.name, f: Any = activation
@@ -62,7 +63,7 @@ def gate_thresholds(
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[str, dict[str, float]] = {name: {} for name in sparsities}
+    found: Extras = {name: {} for name in sparsities}
     for gate, up, down in mlps:
         if sparsities[down.name] > 0:
             value = quantile(samples[gate.name], sparsities[down.name])
@@ -72,5 +73,6 @@ def gate_thresholds(
 
 CATS = Allocator(
     "cats", "calibrated: CATS, thresholds on the activated gate for up and down alone", {}, allocate,
-    needs_text=True, rule="cats",
+    rule=rule.CATS, fixed_rule=True, calibrate=gate_thresholds,
+    head=False,
 )  # fmt: skip

@@ -25,14 +25,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from acttail.allocate.base import AllocationContext, Allocator, Array, calibration_of
-from acttail.budget import HIGHEST, kept_entries
-from acttail.calibrate import BlockTape, Calibration, probing
+from acttail.allocate.base import Allocation, Allocator, Needs
+from acttail.allocate.context import AllocationContext, Array, calibration_of
+from acttail.base.files import cache_dir, write_json
+from acttail.calibrate.calibration import Calibration
+from acttail.calibrate.probe import probing
+from acttail.calibrate.tape import BlockTape
 from acttail.errors import ActTailError
-from acttail.files import cache_dir, write_json
-from acttail.models import input_device
-from acttail.ops import topk_mask
-from acttail.projections import Projection, find_projections
+from acttail.maths.budget import HIGHEST, kept_entries
+from acttail.model.projections import Projection, find_projections
+from acttail.model.weights import input_device
+from acttail.sparse.ops import topk_mask
 
 _STEP = 0.05
 
@@ -121,7 +124,7 @@ def paths(calibration: Calibration, tokens: int) -> list[BlockPath]:
     for p in find_projections(model):
         by_block.setdefault(p.block, []).append(p)
     ids = calibration.batches()[:1, :tokens].to(input_device(model))
-    folder = cache_dir() / "greedy" / calibration.key("greedy", tokens, _STEP)
+    folder = cache_dir() / "greedy" / calibration.key("greedy", tokens, _STEP, ids=ids)
     ks: dict[str, int] = {}
 
     def probe(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -150,25 +153,26 @@ def paths(calibration: Calibration, tokens: int) -> list[BlockPath]:
     return found
 
 
-def allocate(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
-    """[P] sparsities: every block at the target, shared out along its greedy path.
+def allocate(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Allocation:
+    """Every block at the target, shared out along its greedy path.
 
     Raises:
         TextError: no calibration text was given.
     """
     calibration = calibration_of(context)
-    key = f"greedy-{arguments['tokens']}"
-    if key not in calibration.results:
-        calibration.results[key] = paths(calibration, arguments["tokens"])
+    tokens = arguments["tokens"]
+    found = calibration.once(lambda: paths(calibration, tokens), "greedy", tokens)
     solved: dict[str, float] = {}
     cost = {p.name: p.cost for p in context.projections}
-    for path in calibration.results[key]:
+    for path in found:
         values = path.at(sparsity, np.array([cost[n] for n in path.names]))
         solved.update(zip(path.names, map(float, values), strict=True))
-    return np.array([solved[p.name] for p in context.projections])
+    return Allocation(np.array([solved[p.name] for p in context.projections]))
 
 
 GREEDY = Allocator(
     "greedy", "calibrated: TEAL's block-wise greedy on the block's output error", {"tokens": 512},
-    allocate, needs_text=True,
+    allocate, needs=Needs.TEXT, head=False,
 )  # fmt: skip

@@ -1,25 +1,28 @@
 """Allocators by name, and the door through which plans are made."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from acttail.allocate.acttail import ACTTAIL
-from acttail.allocate.base import AllocationContext, Allocator, calibration_of
-from acttail.allocate.cats import CATS, gate_thresholds
+from acttail.allocate.base import Allocator, Needs
+from acttail.allocate.cats import CATS
+from acttail.allocate.context import AllocationContext, calibration_of
 from acttail.allocate.controls import DEPTH, LAROSA, PER_TYPE, PERMUTED, REVERSED, UNIFORM, WINA
 from acttail.allocate.ffn import FFN_ONLY
 from acttail.allocate.greedy import GREEDY
+from acttail.allocate.selection import selection_for
 from acttail.allocate.sensitivity import REFINED, SENSITIVITY
 from acttail.allocate.theory import ENERGY, THEORY, THEORY_CAPACITY, THEORY_IMPORTANCE
-from acttail.analysis import Progress, as_weights
-from acttail.budget import check_target
+from acttail.base.progress import Progress
+from acttail.calibrate.calibration import Calibration
+from acttail.calibrate.curves import SensitivityCurves
 from acttail.errors import ActTailError
+from acttail.maths.budget import check_target
+from acttail.model.opened import as_weights
 from acttail.plan import SparsityPlan, build_plan
-from acttail.thresholds import teal_thresholds, thresholds
 
 DEFAULT = "acttail"
-# top-p has no budget of its own: it is measured by `critical`, not planned.
-RULES = ("topk", "wina", "threshold", "teal")
 ALLOCATORS: dict[str, Allocator] = {
     a.name: a
     for a in (
@@ -41,6 +44,99 @@ def get(name: str) -> Allocator:
     return ALLOCATORS[name]
 
 
+def needs_text(
+    allocator: str, arguments: Mapping[str, Any] | None = None, rule: str | None = None
+) -> bool:
+    """Whether a plan cannot be made without a loaded model and calibration text.
+
+    Args:
+        allocator: its name.
+        arguments: overrides of its defaults. With a file of curves that is there, the curves need
+            neither model nor text.
+        rule: as for :func:`make_plan`.
+
+    Raises:
+        ActTailError: unknown allocator, argument or rule, or a rule the allocator does not go with.
+    """
+    row = get(allocator)
+    merged = row.arguments(arguments or {})
+    if selection_for(row, rule).calibrate is not None:
+        return True
+    if row.needs is Needs.CURVES:
+        return not (merged["curves"] and Path(merged["curves"]).exists())
+    return row.needs is Needs.TEXT
+
+
+def with_curves(
+    allocators: Mapping[str, Mapping[str, Any]], path: str | None
+) -> dict[str, dict[str, Any]]:
+    """Arguments of several allocators, with a file of curves for those that use one.
+
+    Args:
+        allocators: name -> arguments; a file named there stays.
+        path: the file: read if it is there, else written; None changes nothing.
+
+    Raises:
+        ActTailError: none of the allocators uses curves.
+        PlanError: the file is there and holds no curves.
+    """
+    given = {name: dict(arguments) for name, arguments in allocators.items()}
+    if path is None:
+        return given
+    takers = [name for name in given if get(name).needs is Needs.CURVES]
+    if not takers:
+        users = " or ".join(a.name for a in ALLOCATORS.values() if a.needs is Needs.CURVES)
+        raise ActTailError(
+            f"none of {', '.join(given)} uses curves; add {users}, or leave them out"
+        )
+    if Path(path).exists():
+        SensitivityCurves.load(path)
+    for name in takers:
+        given[name] = {"curves": path} | given[name]
+    return given
+
+
+def budgeted(
+    context: AllocationContext,
+    allocator: str,
+    head: bool | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> AllocationContext:
+    """The context with the output head in the budget, or without it.
+
+    Args:
+        context: of the model.
+        allocator: that makes the budget.
+        head: as for :func:`make_plan`.
+        arguments: overrides of the allocator's defaults.
+
+    Raises:
+        ActTailError: unknown allocator or argument, or one that cannot put the head into its budget.
+        PlanError: the file of curves that the arguments name holds none.
+        ModelError: the model has no head that could be sparse.
+    """
+    check_head(allocator, head)
+    if head is None:
+        row = get(allocator)
+        merged = row.arguments(arguments or {})
+        head = context.weights.head is not None and row.head_asked(context, merged)
+    return context.with_head() if head else context
+
+
+def check_head(allocator: str, head: bool | None) -> None:
+    """Judge whether an allocator can do with the output head what was asked.
+
+    Raises:
+        ActTailError: unknown allocator, or one that cannot put the head into its budget.
+    """
+    row = get(allocator)
+    if head and not row.head:
+        able = ", ".join(a.name for a in ALLOCATORS.values() if a.head)
+        raise ActTailError(
+            f"{row.name} leaves the output head dense: leave out --head, or take one of {able}"
+        )
+
+
 def make_plan(
     model: Any,
     sparsity: float,
@@ -48,22 +144,26 @@ def make_plan(
     allocator: str = DEFAULT,
     arguments: Mapping[str, Any] | None = None,
     context: AllocationContext | None = None,
-    calibration: Any = None,
+    calibration: Calibration | None = None,
     rule: str | None = None,
+    head: bool | None = None,
     progress: Progress | None = None,
 ) -> SparsityPlan:
     """Decide how sparse each projection may be.
 
     Args:
         model: a loaded transformers model, an opened WeightSource, or what :func:`acttail.load` takes
-            (then the weights are read one matrix at a time).
+            (then the weights are read one matrix at a time, each once).
         sparsity: model sparsity S, the cost-weighted mean, in [0, 0.99].
         allocator: name of the rule; ``acttail`` by default.
         arguments: overrides of the rule's defaults.
         context: reuse the spectra and curves of an earlier call for the same model.
         rule: which entries stay: ``topk``, ``wina``, ``threshold`` or ``teal`` (thresholds by
             TEAL's histograms; both need calibration); the allocator's own by default.
-        calibration: a :class:`acttail.calibrate.Calibration`, for the calibrated rules.
+        calibration: a :class:`acttail.calibrate.calibration.Calibration`, for the calibrated rules.
+        head: whether the output head takes part in the budget, at the cost of its weights: it then has a
+            sparsity of its own, and S is the mean over projections and head. False leaves it dense; None
+            leaves it to the allocator.
         progress: called with (done, total) during long work.
 
     Returns:
@@ -72,38 +172,37 @@ def make_plan(
 
     Raises:
         BudgetError: S is not a number in [0, 0.99].
-        ActTailError: unknown allocator or argument.
-        ModelError: the model cannot be read or is not a decoder.
+        ActTailError: unknown allocator, argument or rule, a rule the allocator does not go with, or a head
+            that it cannot put into its budget.
+        TextError: calibration is needed and not given.
+        ModelError: the model cannot be read, is not a decoder, or has no output head.
         SpectrumError: a weight has NaN or infinite entries.
     """
-    allocation = get(allocator)
-    if rule is not None and rule not in (*RULES, allocation.rule):
-        raise ActTailError(f"unknown rule {rule!r}: use {', '.join(RULES)}")
+    row = get(allocator)
+    selection = selection_for(row, rule)
     target = check_target(sparsity)
-    merged = allocation.arguments(arguments or {})
+    merged = row.arguments(arguments or {})
     if context is None:
         context = AllocationContext(as_weights(model), progress=progress)
     if calibration is not None:
         context.calibration = calibration
-    context.used_fits = None
-    solved = allocation.allocate(context, target, merged)
-    sparsities = dict(zip((p.name for p in context.projections), map(float, solved), strict=True))
+    context = budgeted(context, allocator, head, merged)
+    if selection.calibrate is not None:
+        calibration_of(context)  # before the budget is solved, which may take minutes
+    allocation = row.allocate(context, target, merged)
+    names = [p.name for p in context.projections]
+    sparsities = dict(zip(names, map(float, allocation.sparsities), strict=True))
     extras = None
-    if allocation.rule == "cats" and rule not in (None, "cats"):
-        raise ActTailError("cats has a rule of its own; leave --rule out")
-    if allocation.rule == "cats":
-        extras = gate_thresholds(calibration_of(context), sparsities)
-    elif rule == "teal":
-        extras, rule = teal_thresholds(calibration_of(context), sparsities), "threshold"
-    elif (rule or allocation.rule) == "threshold":
-        extras = thresholds(calibration_of(context), sparsities)
+    if selection.calibrate is not None:
+        extras = selection.calibrate(calibration_of(context), sparsities)
     return build_plan(
         context.weights,
         sparsities,
         sparsity=target,
         allocator=allocator,
         arguments=merged,
-        fits=context.used_fits,
-        rule=rule or allocation.rule,
+        fits=allocation.fits,
+        rule=selection.rule.name,
         extras=extras,
+        sketches=context.sketches(),
     )

@@ -1,8 +1,6 @@
 """`sensitivity`: the budget of least predicted loss, from measured curves and one multiplier.
 
-Minimise sum_i F_i(s_i) subject to sum_i w_i s_i = S sum_i w_i. Every projection minimises
-F_i(s) - mu * w_i * s on the lower convex hull of its curve, and the multiplier mu is found by bisection
-(Everett 1963): exact on the hull, and another S costs nothing once the curves are there.
+The maths are in :mod:`acttail.maths.curves`; here is where the curves come from.
 """
 
 from collections.abc import Mapping
@@ -11,122 +9,109 @@ from typing import Any
 
 import numpy as np
 
-from acttail.allocate.base import AllocationContext, Allocator, Array, calibration_of
-from acttail.budget import HIGHEST, solve
-from acttail.curves import SensitivityCurves, interpolator, measure
+from acttail.allocate.base import Allocation, Allocator, Needs
+from acttail.allocate.context import AllocationContext, calibration_of
+from acttail.calibrate.curves import SensitivityCurves
+from acttail.calibrate.measure import measure
 from acttail.errors import PlanError
-
-# Spacing of the sparsities the optimum is picked from; between two of them it is interpolated.
-_STEP = 0.0025
-
-
-def lower_hull(x: Array, y: Array) -> Array:
-    """Indices of the lower convex hull of a curve (Andrew's monotone chain).
-
-    Args:
-        x: [n] ascending.
-        y: [n].
-    """
-    hull: list[int] = []
-    for i in range(len(x)):
-        while len(hull) >= 2:
-            a, b = hull[-2], hull[-1]
-            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
-                break
-            hull.pop()
-        hull.append(i)
-    return np.array(hull)
+from acttail.maths.curves import minimise
+from acttail.sparse.rules import THRESHOLD
 
 
-def minimise(
-    curves: Mapping[str, Array], grid: Array, costs: Mapping[str, float], sparsity: float
-) -> dict[str, float]:
-    """Sparsities of least total loss that meet the budget.
-
-    Args:
-        curves: name -> [G] non-decreasing losses.
-        grid: [G] sparsities from 0.
-        costs: name -> cost.
-        sparsity: model sparsity.
-
-    Returns:
-        name -> sparsity in [0, 0.99].
-
-    Raises:
-        BudgetError: the target is out of reach.
-    """
-    fine = np.append(np.arange(0.0, HIGHEST, _STEP), HIGHEST)
-    hulls = []
-    for name, curve in curves.items():
-        values = interpolator(grid, curve)(fine)
-        index = lower_hull(fine, values)
-        s, f = fine[index], values[index]
-        # Marginal loss per unit of cost along the hull: ascending, so the choice is one search.
-        hulls.append((s, np.diff(f) / np.diff(s) / max(costs[name], 1e-300)))
-    weights = np.array([costs[name] for name in curves])
-    slopes = np.concatenate([m for _, m in hulls])
-    positive = slopes[slopes > 0]
-    low = float(np.log(positive.min())) - 1 if positive.size else 0.0
-    high = float(np.log(positive.max())) + 1 if positive.size else 1.0
-
-    def family(log_mu: float) -> Array:
-        if log_mu <= low:
-            return np.zeros(len(hulls))
-        mu = np.exp(log_mu)
-        return np.array([s[np.searchsorted(m, mu)] for s, m in hulls])
-
-    found = solve(family, weights, sparsity, (low, high))
-    return dict(zip(curves, map(float, found), strict=True))
-
-
-def allocate(context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]) -> Array:
-    """[P] sparsities of least predicted loss.
+def allocate(
+    context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
+) -> Allocation:
+    """Sparsities of least predicted loss.
 
     Raises:
         TextError: no calibration text was given.
-        PlanError: the file of curves belongs to another model.
+        PlanError: the curves belong to another model, or were measured with another loss.
     """
     curves = curves_for(context, arguments)
     costs = {p.name: p.cost for p in context.projections}
     found = minimise(curves.curves, curves.grid, costs, sparsity)
-    return np.array([found[p.name] for p in context.projections])
+    return Allocation(np.array([found[p.name] for p in context.projections]))
 
 
 def curves_for(context: AllocationContext, arguments: Mapping[str, Any]) -> SensitivityCurves:
-    """The curves an allocation uses: from the file named, or measured once per context.
+    """The curves an allocation uses: the context's, those of the file named, or measured once.
+
+    Curves that are measured are written to the file named.
 
     Raises:
-        TextError: no calibration text was given and no file.
-        PlanError: the file belongs to another model.
+        TextError: no calibration text was given and no curves.
+        PlanError: the curves belong to another model, or were measured with another loss.
     """
     path = arguments.get("curves", "")
-    names = [p.name for p in context.projections]
-    if path and Path(path).exists():
-        curves = SensitivityCurves.load(path)
-        missing = sorted(set(names) ^ set(curves.curves))
-        if missing:
-            raise PlanError(
-                f"the curves in {path} are for another model: they differ in {missing[0]}"
-            )
-        return SensitivityCurves(curves.grid, {n: curves.curves[n] for n in names}, curves.about)
+    loss = arguments.get("loss")
+    given = _given(context, arguments)
+    if given is not None:
+        return _checked(context, *given, loss)
     calibration = calibration_of(context)
-    loss = arguments.get("loss", "fisher")
-    key = f"curves-{loss}"
-    if key not in calibration.results:
-        calibration.results[key] = measure(calibration, loss=loss)
-    found: SensitivityCurves = calibration.results[key]
+    wanted = loss or DEFAULTS["loss"]
+    found = calibration.once(lambda: measure(calibration, loss=wanted), "curves", wanted)
     if path:
         found.save(path)
-    return found
+    return _checked(context, found, "measured", loss)
 
 
+def head_measured(context: AllocationContext, arguments: Mapping[str, Any]) -> bool:
+    """Whether a budget by curves takes the output head without being asked to.
+
+    It does, unless the curves at hand were measured without it.
+
+    Raises:
+        PlanError: the file named holds no curves.
+    """
+    given = _given(context, arguments)
+    head = context.weights.head
+    return head is not None and (given is None or head.name in given[0].curves)
+
+
+def _given(
+    context: AllocationContext, arguments: Mapping[str, Any]
+) -> tuple[SensitivityCurves, str] | None:
+    """The curves at hand and where they are from: the context's, those of the file named, or None."""
+    path = arguments.get("curves", "")
+    if context.curves is not None:
+        return context.curves, "given"
+    if path and Path(path).exists():
+        return SensitivityCurves.load(path), f"in {path}"
+    return None
+
+
+def _checked(
+    context: AllocationContext, curves: SensitivityCurves, which: str, loss: str | None
+) -> SensitivityCurves:
+    """The curves in the context's order of projections."""
+    names = [p.name for p in context.projections]
+    head = context.weights.head.name if context.weights.head is not None else ""
+    if head in names and head not in curves.curves:
+        raise PlanError(
+            f"the curves {which} were measured without the output head {head}: measure them again, or leave "
+            "the head dense (--no-head)"
+        )
+    # Those of a head that stays dense are there, and not needed.
+    differ = sorted((set(names) ^ set(curves.curves)) - {head})
+    if differ:
+        raise PlanError(f"the curves {which} are for another model: they differ in {differ[0]}")
+    measured = curves.about.get("loss")
+    if None not in (loss, measured) and loss != measured:
+        raise PlanError(
+            f"the curves {which} were measured with loss={measured}, not {loss}: "
+            f"set loss={measured}, or give another file"
+        )
+    return SensitivityCurves(curves.grid, {n: curves.curves[n] for n in names}, curves.about)
+
+
+DEFAULTS = {"loss": "fisher", "curves": ""}
 # Sparsity per token follows the token: under one threshold, tokens with large inputs keep more. On
 # held-out text this is worth 5-8 % of perplexity at equal realised sparsity (docs/log.md).
 REFINED = Allocator(
     "refined", "calibrated: sensitivity with per-token dynamic k under thresholds (a mean budget)",
-    {"loss": "fisher", "curves": ""}, allocate, needs_text=True, rule="threshold",
+    DEFAULTS, allocate, needs=Needs.CURVES, rule=THRESHOLD, head_asked=head_measured,
 )  # fmt: skip
 SENSITIVITY = Allocator(
     "sensitivity", "calibrated: least predicted loss from measured curves",
-    {"loss": "fisher", "curves": ""}, allocate, needs_text=True,
+    DEFAULTS, allocate, needs=Needs.CURVES, head_asked=head_measured,
 )  # fmt: skip

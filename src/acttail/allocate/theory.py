@@ -5,15 +5,16 @@ the budget holds (docs/theory.md). `energy` does the same with the measured spec
 fitted tail: the control that asks whether the fit adds anything.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from acttail.allocate.base import AllocationContext, Allocator, Array
-from acttail.budget import HIGHEST, LOWEST, solve
+from acttail.allocate.base import Allocate, Allocation, Allocator, Needs
+from acttail.allocate.context import AllocationContext, Array
 from acttail.errors import ActTailError
-from acttail.relation import cumulative_energy, density_for_energy, energy_shares, reflect
+from acttail.maths.budget import HIGHEST, LOWEST, solve
+from acttail.maths.relation import cumulative_energy, density_for_energy, energy_shares, reflect
 
 SIGNS = ("capacity", "importance")
 # exp(-700) is the smallest share of energy a float64 holds apart from zero.
@@ -39,8 +40,8 @@ def _equal_energy(shares: list[Array], costs: Array, sparsity: float) -> Array:
 
 def allocate_theory(
     context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
-) -> Array:
-    """[P] sparsities s(alpha_i, tau) with one tau for the model.
+) -> Allocation:
+    """Sparsities s(alpha_i, tau) with one tau for the model.
 
     Raises:
         ActTailError: unknown sign.
@@ -55,26 +56,27 @@ def allocate_theory(
         cumulative_energy(float(alpha), min(p.d_in, p.d_out))
         for alpha, p in zip(alphas, context.projections, strict=True)
     ]
-    return _equal_energy(shares, context.costs, sparsity)
+    solved = _equal_energy(shares, context.costs, sparsity)
+    return Allocation(solved, context.fits(arguments["estimator"]))
 
 
 def allocate_energy(
     context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
-) -> Array:
-    """[P] sparsities at which every matrix keeps the same share of its own measured energy."""
+) -> Allocation:
+    """Sparsities at which every matrix keeps the same share of its own measured energy."""
     found = context.eigenvalues()
     flat = np.ones(2)
     shares = [
         energy_shares(found[p.name].numpy() if float(found[p.name].sum()) > 0 else flat)
         for p in context.projections
     ]
-    return _equal_energy(shares, context.costs, sparsity)
+    return Allocation(_equal_energy(shares, context.costs, sparsity))
 
 
-def _with_sign(sign: str) -> Callable[[AllocationContext, float, Mapping[str, Any]], Array]:
+def _with_sign(sign: str) -> Allocate:
     def allocate(
         context: AllocationContext, sparsity: float, arguments: Mapping[str, Any]
-    ) -> Array:
+    ) -> Allocation:
         return allocate_theory(context, sparsity, {**arguments, "sign": sign})
 
     return allocate
@@ -93,5 +95,6 @@ THEORY_IMPORTANCE = Allocator(
     _with_sign("importance"),
 )  # fmt: skip
 ENERGY = Allocator(
-    "energy", "control: equal energy of the measured spectrum, no fit", {}, allocate_energy
-)
+    "energy", "control: equal energy of the measured spectrum, no fit", {}, allocate_energy,
+    needs=Needs.SPECTRA,
+)  # fmt: skip

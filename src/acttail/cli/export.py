@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
-from acttail.cli.common import Dtype, Model, Prefill, TrustRemoteCode, load_model, out
+from acttail.cli.console import say
+from acttail.cli.dtypes import Dtype
+from acttail.cli.judge import check_output_folder, option, policy_of
+from acttail.cli.loading import load_model
+from acttail.cli.options import Model, Prefill, TrustRemoteCode
 from acttail.errors import ActTailError
 
 
@@ -17,8 +21,8 @@ def export(
     ] = "plain",
 ) -> None:
     """Write a plan in the form of another project."""
-    from acttail.export import FORMATS
     from acttail.plan import SparsityPlan
+    from acttail.share.export import FORMATS
 
     if format_ not in FORMATS:
         raise ActTailError(f"unknown format {format_!r}: use {', '.join(FORMATS)}")
@@ -29,7 +33,7 @@ def export(
     except OSError as error:
         raise ActTailError(f"cannot make the folder {folder}: {error.strerror}") from error
     written = FORMATS[format_](loaded, folder)
-    out.print(f"{len(written)} file{'s' * (len(written) > 1)} written to {folder}")
+    say(f"{len(written)} file{'s' * (len(written) > 1)} written to {folder}")
 
 
 def save(
@@ -52,23 +56,29 @@ def save(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Save a model with a plan inside, as transformers loads it, or push it to the Hub."""
-    from acttail import hub
     from acttail.plan import SparsityPlan
     from acttail.report import Report
     from acttail.report.gather import add_results
-    from acttail.sparsify import sparsify_
+    from acttail.share import hub
+    from acttail.sparse.apply import sparsify_
+    from acttail.sparse.policy import PrefillPolicy
 
     if (output is None) == (push is None):
         raise ActTailError("give -o FOLDER or --push REPOSITORY")
-    loaded = SparsityPlan.load(plan)
+    if output is not None:
+        check_output_folder(output)
+    with option("--plan"):
+        loaded = SparsityPlan.load(plan)
+    policy = policy_of(prefill)
     found = Report("")
     for path in results or ():
-        add_results(found, path)
+        with option("--results"):
+            add_results(found, path)
     lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
-    sparsify_(lm, loaded, prefill=prefill or "all")
+    sparsify_(lm, loaded, prefill=PrefillPolicy.choose(policy))
     if output is not None:
         hub.save(lm, tokenizer, output, results=found.rows, license_=license_)
-        out.print(f"saved to {output}; transformers loads it after `import acttail`")
+        say(f"saved to {output}; transformers loads it after `import acttail`")
     elif push is not None:
         url = hub.push(lm, tokenizer, push, private=private, results=found.rows, license_=license_)
-        out.print(f"pushed to {url}")
+        say(f"pushed to {url}")

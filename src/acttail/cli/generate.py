@@ -5,15 +5,40 @@ from typing import Annotated
 
 import typer
 
-from acttail.cli.common import Json, Model, Prefill, TrustRemoteCode, err, print_json
-from acttail.cli.engines import AnyDtype, EngineName, Threads, open_engine
+from acttail.cli.console import note, print_json
+from acttail.cli.dtypes import AnyDtype
+from acttail.cli.engines import EngineName, Threads, check_engine, open_engine
+from acttail.cli.judge import policy_of, sampling_of
+from acttail.cli.options import (
+    CalibrationText,
+    Curves,
+    Json,
+    Model,
+    PlanFile,
+    Prefill,
+    TrustRemoteCode,
+)
+from acttail.cli.planning import (
+    Allocator,
+    MaxKl,
+    MaxLoss,
+    Sparsity,
+    opened_plan,
+    plan_or_request,
+)
 from acttail.errors import ActTailError
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    plan: Annotated[str | None, typer.Option(help="Plan file; dense without one.")] = None,
+    plan: PlanFile = None,
+    sparsity: Sparsity = None,
+    max_loss: MaxLoss = None,
+    max_kl: MaxKl = None,
+    allocator: Allocator = None,
+    curves: Curves = None,
+    calibration_text: CalibrationText = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 128,
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap the prompt in the chat template.")
@@ -29,40 +54,45 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End at this string; may be repeated.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling; -1 for another each time.")] = 0,
     engine: EngineName = "auto",
-    dtype: AnyDtype = "bf16",
+    dtype: AnyDtype = None,
     threads: Threads = None,
     prefill: Prefill = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Generate text and say how fast, and which engine ran."""
-    from acttail.engine import Generation, Sampling
-    from acttail.plan import SparsityPlan
-    from acttail.prefill import PrefillPolicy
+    from acttail.chat.screen import PlainScreen
+    from acttail.engine import Generation
+    from acttail.model.opened import open_model
 
     if not prompt:
         raise ActTailError("the prompt is empty")
-    policy = PrefillPolicy.parse(prefill or "all")
-    sampling = Sampling(
+    policy = policy_of(prefill)
+    check_engine(engine, dtype, trust_remote_code=trust_remote_code)
+    if "" in (stop or ()):
+        raise ActTailError("--stop takes a string that is not empty")
+    sampling = sampling_of(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    loaded = SparsityPlan.load(plan) if plan else None
+    asked = plan_or_request(
+        plan, sparsity=sparsity, max_loss=max_loss, max_kl=max_kl, allocator=allocator, curves=curves,
+        text=calibration_text,
+    )  # fmt: skip
+    opened = open_model(model, trust_remote_code=trust_remote_code)
     runner = open_engine(
-        model, loaded, engine=engine, dtype=dtype, prefill=policy, threads=threads,
+        opened, opened_plan(opened, asked), engine=engine, dtype=dtype, prefill=policy, threads=threads,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     result = Generation()
     pieces = runner.stream(
         prompt, result, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or (), chat=chat
     )
-    for piece in pieces:
-        if not json:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
     if json:
+        for _ in pieces:
+            pass
         print_json({
             "model": runner.source,
             "allocator": runner.plan.allocator if runner.plan else None,
@@ -80,10 +110,11 @@ def generate(
             "dtype": runner.dtype,
         })  # fmt: skip
         return
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    with PlainScreen(sys.stdout) as screen:
+        for piece in pieces:
+            screen.write(piece.text)
     how = f"sparsity {runner.plan.sparsity:g}" if runner.plan else "dense"
-    err.print(
-        f"[dim]{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s after a prefill of "
-        f"{result.prefill_seconds:.2f} s, {runner.name} engine, {runner.dtype}, {how}[/dim]"
+    note(
+        f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s after a prefill of "
+        f"{result.prefill_seconds:.2f} s, {runner.name} engine, {runner.dtype}, {how}"
     )

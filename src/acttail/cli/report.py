@@ -4,7 +4,10 @@ from typing import Annotated
 
 import typer
 
-from acttail.cli.common import Model, out, work
+from acttail.cli.console import say
+from acttail.cli.judge import check_estimators, check_outputs, curves_of, option, plan_of
+from acttail.cli.options import Model
+from acttail.cli.progress import work
 
 
 def report(
@@ -22,10 +25,18 @@ def report(
     spectra: Annotated[bool, typer.Option(help="Analyse the weights' spectra.")] = True,
 ) -> None:
     """Write one self-contained HTML page: plans, alpha, spectra, results, speed, protocol."""
-    from acttail.files import write_text
-    from acttail.report import render
-    from acttail.report.gather import report_of
+    from acttail.base.files import write_text
+    from acttail.report import Report, render
+    from acttail.report.gather import add_results, report_of
 
+    check_outputs(output)
+    check_estimators(estimator)
+    for path in plan or ():
+        plan_of(path)
+    with option("--results"):
+        for path in results or ():
+            add_results(Report(""), path)
+    curves_of(curves)
     with work("spectra") as progress:
         found = report_of(
             model, plans=plan or (), results=results or (), curves=curves, estimator=estimator,
@@ -33,4 +44,4 @@ def report(
         )  # fmt: skip
     page = render(found)
     write_text(output, page)
-    out.print(f"report written to {output} ({len(page.encode()) / 1024:,.0f} KiB)")
+    say(f"report written to {output} ({len(page.encode()) / 1024:,.0f} KiB)")

@@ -1,25 +1,43 @@
 """`acttail serve`: an OpenAI-compatible server and a chat page."""
 
+import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from acttail.cli.common import Model, Prefill, TrustRemoteCode, err
-from acttail.cli.engines import AnyDtype, EngineName, Threads, open_engine
+from acttail.cli.console import note, warn
+from acttail.cli.dtypes import AnyDtype
+from acttail.cli.engines import EngineName, Threads, check_engine, open_engine
+from acttail.cli.judge import check_of_use, curves_of, policy_of
+from acttail.cli.options import CalibrationText, Model, PlanFile, Prefill, TrustRemoteCode
+from acttail.cli.planning import (
+    Allocator,
+    MaxKl,
+    MaxLoss,
+    Sparsity,
+    opened_plan,
+    plan_or_request,
+)
 from acttail.errors import ActTailError
 
 
 def serve(
     model: Model,
-    plan: Annotated[str | None, typer.Option(help="Plan file; dense without one.")] = None,
+    plan: PlanFile = None,
+    sparsity: Sparsity = None,
+    max_loss: MaxLoss = None,
+    max_kl: MaxKl = None,
+    allocator: Allocator = None,
+    calibration_text: CalibrationText = None,
     curves: Annotated[
         str | None,
         typer.Option(help="Sensitivity curves, so that each request may choose its sparsity."),
     ] = None,
     host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", metavar="N")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
     api_key: Annotated[
         str | None,
@@ -27,74 +45,130 @@ def serve(
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="A name clients may call this server by; may be repeated."),
+        typer.Option(
+            help="A name clients may call this server by; may be repeated.", metavar="NAME"
+        ),
     ] = None,
-    slots: Annotated[int, typer.Option(help="Generations at once.", min=1, max=256)] = 8,
-    queue: Annotated[int, typer.Option(help="Requests that may wait.", min=0)] = 128,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A page (https://name) that may call from a browser, or *; may be repeated.",
+            metavar="ORIGIN",
+        ),
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A proxy whose X-Forwarded-For names the client; may be repeated.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    connections: Annotated[
+        int, typer.Option(help="Connections at once.", metavar="N", min=1)
+    ] = 1024,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens",
+            help="Take special tokens in a message for what they are, not as text.",
+        ),
+    ] = False,
+    slots: Annotated[
+        int, typer.Option(help="Generations at once.", metavar="N", min=1, max=256)
+    ] = 8,
+    queue: Annotated[int, typer.Option(help="Requests that may wait.", metavar="N", min=0)] = 128,
     per_client: Annotated[
-        int, typer.Option(help="Requests of one client, waiting or running.", min=1)
+        int, typer.Option(help="Requests of one client, waiting or running.", metavar="N", min=1)
     ] = 128,
-    wait: Annotated[float, typer.Option(help="Longest wait for a slot, seconds.", min=0)] = 300,
+    wait: Annotated[
+        float, typer.Option(help="Longest wait for a slot, seconds.", metavar="N", min=0)
+    ] = 300,
     time_limit: Annotated[
-        float, typer.Option(help="Longest generation, seconds; then it ends as it is.", min=1)
+        float,
+        typer.Option(
+            help="Longest generation, seconds; then it ends as it is.", metavar="N", min=1
+        ),
     ] = 600,
-    keep_prefixes: Annotated[
-        bool, typer.Option(help="Keep KV caches for requests that begin alike (conversations).")
-    ] = True,
-    max_tokens: Annotated[int, typer.Option(help="New tokens of a request at most.", min=1)] = 2048,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request at most.", min=1024)] = 1 << 20,
+    keep_prefixes: Annotated[bool, typer.Option("--keep-prefixes", hidden=True)] = True,
+    no_keep_prefixes: Annotated[
+        bool,
+        typer.Option("--no-keep-prefixes", help="Keep no KV caches for requests that begin alike."),
+    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option(help="New tokens of a request at most.", metavar="N", min=1)
+    ] = 2048,
+    max_body: Annotated[
+        int, typer.Option(help="Bytes of a request at most.", metavar="N", min=1024)
+    ] = 1 << 20,
     engine: EngineName = "auto",
-    dtype: AnyDtype = "bf16",
+    dtype: AnyDtype = None,
     threads: Threads = None,
     prefill: Prefill = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model over OpenAI's API, with a chat page at /; Ctrl-C ends it."""
-    from acttail.curves import SensitivityCurves
-    from acttail.plan import SparsityPlan
-    from acttail.prefill import PrefillPolicy
+    from acttail.model.opened import open_model
 
     try:
         from acttail.serve import Options, create_app, run
-        from acttail.serve.limits import LOOPBACK
+        from acttail.serve.limits import LOOPBACK, check_proxies
         from acttail.serve.run import listen
     except ModuleNotFoundError as error:
         raise ActTailError(
             f"serving needs the extra ({error.name} is missing): pip install 'acttail[serve]'"
         ) from error
-    policy = PrefillPolicy.parse(prefill or "all")
-    loaded = SparsityPlan.load(plan) if plan else None
-    found = SensitivityCurves.load(curves) if curves else None
+    policy = policy_of(prefill)
+    check_engine(engine, dtype, trust_remote_code=trust_remote_code)
+    if not 0 <= port <= 65535:
+        raise ActTailError(f"--port takes a number from 0 to 65535, got {port}")
+    for option, seconds in (("--wait", wait), ("--time-limit", time_limit)):
+        if not math.isfinite(seconds):
+            raise ActTailError(f"{option} takes a number of seconds, got {seconds}")
+    try:
+        check_proxies(trusted_proxy or ())
+    except ValueError as error:
+        raise ActTailError(f"--trusted-proxy takes an address or a network: {error}") from error
+    for origin in cors_origin or ():
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise ActTailError(
+                f"--cors-origin takes * or http(s)://name without a path, got {origin}"
+            )
+    found = curves_of(curves)
+    asked = plan_or_request(
+        plan, sparsity=sparsity, max_loss=max_loss, max_kl=max_kl, allocator=allocator, text=calibration_text,
+        curves=curves if plan is None and (sparsity, max_loss, max_kl) != (None, None, None) else None,
+    )  # fmt: skip
     local = host in LOOPBACK or host.startswith("127.")
     # A name that is not listed could be another site's, pointed at this machine.
     hosts = (*LOOPBACK, host, *(allow_host or ())) if local or allow_host else None
     with listen(host, port) as bound:
+        opened = open_model(model, trust_remote_code=trust_remote_code)
         runner = open_engine(
-            model, loaded, engine=engine, dtype=dtype, prefill=policy, threads=threads,
+            opened, opened_plan(opened, asked), engine=engine, dtype=dtype, prefill=policy, threads=threads,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         options = Options(
             # A folder's last part: clients have no business with paths of this machine.
             name=name or Path(model).name if Path(model).exists() else name or model, api_keys=(api_key,) if api_key else (), hosts=hosts, slots=slots, queue=queue,
             per_client=per_client, wait_seconds=wait, run_seconds=time_limit, max_body=max_body,
-            max_tokens=max_tokens, keep_prefixes=keep_prefixes,
+            max_tokens=max_tokens, keep_prefixes=keep_prefixes and not no_keep_prefixes,
+            proxies=tuple(trusted_proxy or ()), origins=tuple(cors_origin or ()), special_tokens=special_tokens,
         )  # fmt: skip
         app = create_app(runner, options, curves=found)
+        check_of_use(found, app.state.server.variants.fixed)
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{bound.getsockname()[1]}"
 
         def ready() -> None:
             how = f"sparsity {runner.plan.sparsity:g}" if runner.plan else "dense"
-            err.print(f"{runner.source}: {runner.name} engine, {runner.dtype}, {how}")
-            err.print(f"chat page   {url}/\nAPI         {url}/v1\nmetrics     {url}/metrics")
-            err.print("Ctrl-C ends")
+            note(f"{runner.source}: {runner.name} engine, {runner.dtype}, {how}", None)
+            note(f"chat page   {url}/\nAPI         {url}/v1\nmetrics     {url}/metrics", None)
+            note("Ctrl-C ends", None)
             if not local and not api_key:
-                err.print(
-                    "[yellow]anyone who reaches this port can use the model: give --api-key[/yellow]"
-                )
+                warn("anyone who reaches this port can use the model: give --api-key")
 
         if os.environ.get("ACTTAIL_DEBUG") == "1":
             import logging
 
             logging.basicConfig(level=logging.INFO)
-        run(app, bound, ready=ready)
+        run(app, bound, ready=ready, connections=connections)

@@ -4,23 +4,37 @@ from typing import Annotated
 
 import typer
 
-from acttail.cli.common import (
+from acttail.cli.console import print_json, say
+from acttail.cli.dtypes import Dtype
+from acttail.cli.judge import calibration_text as read_calibration_text
+from acttail.cli.judge import (
+    check_outputs,
+    check_windows,
+    given_curves,
+    metrics_of,
+    names,
+    option,
+    policy_of,
+    sees_text,
+    sparsities,
+    text_of,
+)
+from acttail.cli.options import (
+    Allocators,
     CalibrationText,
     CalibrationTokens,
-    Dtype,
+    Curves,
     Json,
     Metrics,
     Model,
     Prefill,
+    ReportPage,
+    Sparsities,
     TextName,
     Tokens,
     Window,
-    names,
-    number_list,
-    out,
-    print_json,
-    work,
 )
+from acttail.cli.progress import work
 
 
 def sweep(
@@ -29,16 +43,17 @@ def sweep(
     output: Annotated[
         str, typer.Option("-o", "--output", help="Table to write: .csv or .parquet.")
     ],
-    sparsity: Annotated[
-        str, typer.Option(help="Comma-separated model sparsities.")
-    ] = "0.4,0.5,0.6",
-    allocator: Annotated[str, typer.Option(help="Comma-separated allocators.")] = "uniform,acttail",
+    sparsity: Sparsities = "0.4,0.5,0.6",
+    allocator: Allocators = "uniform,acttail",
     rule: Annotated[
         str,
-        typer.Option(help="Comma-separated: default (the allocator's own), topk, wina, threshold."),
+        typer.Option(
+            help="Comma-separated: default (the allocator's own), topk, wina, threshold, teal."
+        ),
     ] = "default",
     calibration_text: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 4096,
+    curves: Curves = None,
     tokens: Tokens = None,
     window: Window = 1024,
     dtype: Dtype = "bfloat16",
@@ -46,45 +61,47 @@ def sweep(
     metrics: Metrics = "perplexity,kl,top1",
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     ray: Annotated[str | None, typer.Option(help="Run on Ray: auto, local, or an address.")] = None,
-    report: Annotated[
-        str | None, typer.Option(help="Also write a self-contained HTML page.")
-    ] = None,
+    report: ReportPage = None,
     json: Json = False,
 ) -> None:
     """Evaluate every combination; finished cells are kept, so a stopped sweep goes on."""
-    from acttail.allocate import get
-    from acttail.allocate.registry import RULES
-    from acttail.budget import check_target
-    from acttail.errors import ActTailError
-    from acttail.evaluate.sweep import SweepSpec, cells
+    from acttail.base.distribute import check_ray
+    from acttail.evaluate.sweep import SweepSpec, cells, check_table
     from acttail.evaluate.sweep import sweep as run
-    from acttail.prefill import PrefillPolicy
-    from acttail.text import read_text
 
-    targets = [check_target(s) for s in number_list(sparsity, "--sparsity")]
-    for name in names(allocator):
-        if get(name).needs_text and calibration_text is None:
-            raise ActTailError(f"{name} is calibrated: give --calibration-text FILE (or 'self')")
-    for name in names(rule):
-        if name not in (*RULES, "default"):
-            raise ActTailError(f"unknown rule {name!r}: use default, {', '.join(RULES)}")
-    policy = str(PrefillPolicy.parse(prefill or "all"))
-    read_text(text)
+    with option("--output"):
+        check_table(output)
+    check_outputs(None, report=report)
+    targets = sparsities(sparsity)
+    allocators, rules = names(allocator, "--allocator"), names(rule, "--rule")
+    arguments = given_curves({name: {} for name in allocators}, curves)
+    asked = [None if name == "default" else name for name in rules]
+    judged = {(a, r): sees_text(a, arguments[a], r) for a in allocators for r in asked}
+    first = next((pair for pair, calibrated in judged.items() if calibrated), None)
+    policy = policy_of(prefill)
+    wanted = tuple(metrics_of(metrics))
+    check_windows(window, tokens)
+    check_ray(ray)
+    calibrated = first is not None
+    named, under = first or ("", None)
+    what = named + (f" with rule {under}" if under else "")
+    read_calibration_text(calibration_text, needed=calibrated, what=what)
+    text_of(text)
     spec = SweepSpec(
-        model, text, calibration_text, calibration_tokens, tokens, window, policy, dtype,
-        tuple(names(metrics)),
+        model, text, calibration_text, calibration_tokens, tokens, window, str(policy or "all"),
+        dtype, wanted,
     )  # fmt: skip
     with work("sweeping") as progress:
         rows = run(
-            spec, cells(targets, names(allocator), names(rule)), output, jobs=jobs, ray_address=ray,
-            progress=progress,
+            spec, cells(targets, allocators, rules, arguments), output, jobs=jobs,
+            ray_address=ray, progress=progress,
         )  # fmt: skip
     if report:
-        from acttail.files import finite, write_text
+        from acttail.base.files import finite, write_text
         from acttail.report import Report, render
 
         write_text(report, render(Report(rows[0]["model"], rows=finite(rows))))
     if json:
         print_json(rows)
         return
-    out.print(f"{len(rows)} cells written to {output}")
+    say(f"{len(rows)} cells written to {output}")

@@ -1,35 +1,26 @@
 """`acttail tune`: measure which kernel is faster where, on this machine."""
 
-from typing import Annotated
-
-import typer
-
-from acttail.cli.common import Json, Model, err, out, print_json, work
-from acttail.cli.convert import EngineDtype
-from acttail.errors import ActTailError
+from acttail.cli.console import note, out, print_json
+from acttail.cli.dtypes import EngineDtype
+from acttail.cli.options import Group, Json, Model
+from acttail.cli.progress import work
 
 
 def tune(
     model: Model,
-    dtype: EngineDtype = "bf16",
-    group: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale in int8 and int4.")
-    ] = None,
+    dtype: EngineDtype = "auto",
+    group: Group = None,
     json: Json = False,
 ) -> None:
     """Time the sparse against the dense kernel for every matrix shape of a model, and keep the table.
 
     The engine then takes the dense kernel for a projection whose density is above the crossover.
     """
-    from acttail.engine.convert import Conversion
-    from acttail.engine.layout import DTYPES
-    from acttail.engine.source import open_for_engine
+    from acttail.engine.config import EngineConfig
+    from acttail.engine.source import layout_for
     from acttail.engine.tune import tune as run
 
-    if dtype not in DTYPES:
-        raise ActTailError(f"unknown engine dtype {dtype!r}: use {', '.join(DTYPES)}")
-    opened = open_for_engine(model, own_blocks=dtype in ("int8", "int4"))
-    layout = Conversion(opened.spec, opened.weights, dtype, group=group).layout
+    layout = layout_for(model, EngineConfig(dtype, group=group))
     with work("timing kernels") as progress:
         found = run([layout.shapes[name] for name in layout.segments], progress)
     if json:
@@ -54,4 +45,4 @@ def tune(
             f"{c.density:g}" if c.density < 1 else "never",
         )  # fmt: skip
     out.print(table)
-    err.print("[dim]kept in the cache; the engine uses it from now on[/dim]")
+    note("kept in the cache; the engine uses it from now on")

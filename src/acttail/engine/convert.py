@@ -1,6 +1,7 @@
 """From a model's weights to the native engine's: packed, fused, one matrix in memory at a time."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -8,31 +9,40 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from acttail.checkpoint import GgufWeights, StoredBlocks, WeightSource
-from acttail.engine.layout import BLOCK, HEAD_GROUPS, Shape, pack, pack_nibbles, padded, shape_for
-from acttail.engine.spec import DecoderSpec
-from acttail.engine.store import Layout, Packed, Segment, Sizes, allocate, write_folder
+from acttail.base.controls import clean
+from acttail.base.progress import Progress
+from acttail.engine.blocks import padded
+from acttail.engine.config import EngineConfig
+from acttail.engine.formats import DEFAULT, Format, format_of_kind, weight_format
+from acttail.engine.layout import FUSED, HEAD_MATRIX, Layout, Segment, Sizes
+from acttail.engine.packing import pack, unpack
+from acttail.engine.shapes import Shape, shape_for
+from acttail.engine.spec import DecoderSpec, bias_of
+from acttail.engine.store import Packed, allocate, write_folder
+from acttail.engine.transcode import put_blocks, put_table, takes_table
 from acttail.errors import ActTailError, ModelError
-from acttail.evaluate.perplexity import Progress
-from acttail.plan import ProjectionPlan, SparsityPlan
-
-# Which projections are put side by side: those that read one vector.
-FUSED = (
-    ("qkv", ("q", "k", "v", "qkv")), ("o", ("o",)),
-    ("gate_up", ("gate", "up", "gate_up")), ("down", ("down",)),
-)  # fmt: skip
-
-# Kinds of GGUF blocks that an engine dtype takes as they are.
-_STORED_KINDS = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1")}
+from acttail.model.gguf import GgufWeights
+from acttail.model.gguf_blocks import KINDS, BlockKind
+from acttail.model.projections import Projection
+from acttail.model.weights import WeightSource
+from acttail.plan import SparsityPlan
+from acttail.sparse.policy import PrefillPolicy
+from acttail.sparse.rules import kind_of
 
 
-def _kept_first(entry: ProjectionPlan | None) -> float:
-    """Sort key: what keeps more of the input comes first, so that kept rows are read from their start."""
-    if entry is None:
+def _kept_first(plan: SparsityPlan | None, name: str) -> float:
+    """Sort key: what keeps more of the input comes first, so that a row kept by several is one run.
+
+    By the number that the plan's rule cuts at, so that the order is the one that the kernels find. They take
+    any order (a later plan may want another), and read neighbours that agree in one run.
+    """
+    entry = plan.projections.get(name) if plan is not None else None
+    if plan is None or entry is None or plan.left_dense(entry):
         return 0.0
-    return entry.threshold if entry.threshold is not None else entry.sparsity
+    if kind_of(plan).fixed_k or entry.threshold is None:
+        return entry.realised_sparsity
+    return entry.threshold
 
 
 class Conversion:
@@ -41,166 +51,291 @@ class Conversion:
     Args:
         spec: the decoder.
         weights: where its weights come from.
-        dtype: ``fp32``, ``bf16``, ``int8`` or ``int4``.
-        plan: decides the order of fused projections; None for dense.
-        head_dtype: of the embedding and the output head; by default fp32 for fp32, else int8.
-        group: inputs that share a scale; None for the dtype's default.
+        config: weight formats and groups.
+        plan: decides how the output head lies, and the order of fused projections; None for dense.
+        ordered: whether the plan decides that order; without, any plan of such a head is as welcome.
+
+    Raises:
+        ActTailError: a group was asked for that a GGUF file's own scales do not have.
     """
 
     def __init__(
-        self, spec: DecoderSpec, weights: WeightSource, dtype: str, *, plan: SparsityPlan | None = None,
-        head_dtype: str | None = None, group: int | None = None,
+        self, spec: DecoderSpec, weights: WeightSource, config: EngineConfig, *,
+        plan: SparsityPlan | None = None, ordered: bool = True,
     ) -> None:  # fmt: skip
-        self.spec, self.weights, self.plan, self.group = spec, weights, plan, group
+        self._order = plan if ordered else None
+        self.spec, self.weights, self.plan, self.group = spec, weights, plan, config.group
         self.by_name = {p.name: p for p in weights.projections}
-        # Read whole for every token, and the loss is not measurable: KL 5e-5 with int8 groups of 32 where
-        # bf16 itself has 7e-5 (SmolLM2-135M, docs/performance.md).
-        head_dtype = head_dtype or ("fp32" if dtype == "fp32" else "int8")
+        self.form, self.own_widths = config.weights, config.own_widths
+        if self.own_widths and self.group is not None and isinstance(weights, GgufWeights):
+            raise ActTailError(
+                "a GGUF's scales stay as they are unless a dtype is named: leave out group, or name one"
+            )
+        head = config.head
         shapes: dict[str, Shape] = {}
         segments: dict[str, tuple[Segment, ...]] = {}
         for i in range(len(spec.blocks)):
             for fused, _ in FUSED:
-                name = f"blocks.{i}.{fused}"
-                segments[name] = self._segments(i, fused)
-                d_in = self.by_name[segments[name][0].name].d_in
-                shape = shape_for(dtype, d_in, segments[name][-1].end, group=group)
-                kind = self._stored_kind(segments[name], dtype)
-                if kind is not None:
-                    shape = replace(shape, group=32, asymmetric=kind == "Q4_1")
-                shapes[name] = shape
-        own_group = HEAD_GROUPS.get(head_dtype)
+                stage = f"blocks.{i}.{fused}"
+                for n, (own, group, members) in enumerate(self._by_format(i, fused)):
+                    name = f"{stage}.{n}" if n else stage
+                    shapes[name], segments[name] = self._laid_out(members, own, group)
+        # Of the embedding a token reads one row, whatever the head does: a head with rows of its own, which
+        # is there twice if it is tied, costs memory, but no time.
         table = shape_for(
-            head_dtype, spec.hidden, spec.vocabulary, group=own_group, output_major=True
+            head.name, spec.hidden, spec.vocabulary, group=head.head_group, output_major=True
         )
         shapes["embedding"] = table
-        if spec.head != spec.embedding:
-            shapes["head"] = table
-        self.layout = Layout(spec, dtype, head_dtype, weights.name, shapes, segments)
+        if self._sparse_head():
+            shapes[HEAD_MATRIX], segments[HEAD_MATRIX] = self._head_by_inputs(head)
+        elif spec.head != spec.embedding:
+            shapes[HEAD_MATRIX] = table
+        default = self.form.name
+        if config.own_widths:
+            # The format of most of the weights stands for the model.
+            total: Counter[str] = Counter()
+            for name in segments.keys() - {HEAD_MATRIX}:
+                total[shapes[name].dtype] += shapes[name].entries
+            default = total.most_common(1)[0][0]
+        name = clean(weights.name) or "model"
+        self.layout = Layout(spec, default, head.name, name, shapes, segments)
 
-    def _segments(self, block: int, fused: str) -> tuple[Segment, ...]:
+    def _sparse_head(self) -> bool:
+        """Whether the plan drops some of the head's input, so that its rows had better be its inputs'."""
+        return (
+            self.plan is not None
+            and self.plan.sparse_head is not None
+            and self.weights.head is not None
+        )
+
+    def _head_by_inputs(self, form: Format) -> tuple[Shape, tuple[Segment, ...]]:
+        """The output head as a matrix whose rows are its inputs'."""
+        head = self.weights.head
+        assert head is not None  # noqa: S101
+        self.by_name[head.name] = head
+        group = form.head_group
+        if self.own_widths and isinstance(self.weights, GgufWeights):
+            form, group = self._own_format(head)
+        return self._laid_out([head], form, group)
+
+    def _laid_out(
+        self, members: list[Projection], form: Format, group: int | None
+    ) -> tuple[Shape, tuple[Segment, ...]]:
+        """An input-major matrix of projections side by side; scales as a GGUF has them, if it is of this format."""
+        segments = self._segments(members, form.columns)
+        shape = shape_for(form.name, members[0].d_in, segments[-1].end, group=group)
+        kind = self._stored_kind(segments, form.gguf)
+        if kind is not None:
+            shape = replace(shape, group=kind.entries, asymmetric=kind.minimum)
+        return shape, segments
+
+    def _by_format(
+        self, block: int, fused: str
+    ) -> list[tuple[Format, int | None, list[Projection]]]:
+        """What reads one vector: a format, a group (None for the format's) and the projections that have them.
+
+        One entry unless each projection is as wide as its file has it; what keeps most comes first.
+        """
         names = self.spec.blocks[block].projections
         members = [names[kind] for kind in dict(FUSED)[fused] if kind in names]
-        entries = self.plan.projections if self.plan else {}
-        members.sort(key=lambda n: _kept_first(entries.get(n)))
+        members.sort(key=lambda n: _kept_first(self._order, n))
+        found: dict[tuple[object, ...], tuple[Format, int | None, list[Projection]]] = {}
+        for p in (self.by_name[n] for n in members):
+            form, group = self._own_format(p) if self.own_widths else (self.form, self.group)
+            own = self._kind(p) if self.own_widths else None
+            key = form.name, group, own is not None and own.minimum
+            found.setdefault(key, (form, group, []))[2].append(p)
+        return list(found.values())
+
+    def _own_format(self, projection: Projection) -> tuple[Format, int | None]:
+        """The format and group of a projection as wide as its file has it.
+
+        Kinds without a format become int8 in groups of 32, which holds each of their numbers to half of a 127th
+        of the group's largest.
+        """
+        if not isinstance(self.weights, GgufWeights):
+            return DEFAULT, None
+        kind = self._kind(projection)
+        found = format_of_kind(kind.name) if kind is not None else None
+        if found is not None:
+            return found, None
+        if self.weights.stored_types(projection) <= {"F32", "F16", "BF16"}:
+            return DEFAULT, None
+        return weight_format("int8"), 32
+
+    def rounded(self) -> str | None:
+        """What of a GGUF is not kept number by number though its own widths are asked for, in words; None if nothing."""
+        if not (self.own_widths and isinstance(self.weights, GgufWeights)):
+            return None
+        counted: Counter[tuple[str, str]] = Counter()
+        for name, segments in self.layout.segments.items():
+            shape = self.layout.shapes[name]
+            for s in segments:
+                types = self.weights.stored_types(self.by_name[s.name])
+                # F32 becomes bf16 as it does of any other model.
+                lost = types - set(shape.format.gguf) - {"F32", "BF16"}
+                counted.update((found, shape.dtype) for found in lost)
+        if not counted:
+            return None
+        found = ", ".join(
+            f"{n} in {kind} become {own}" for (kind, own), n in sorted(counted.items())
+        )
+        return (
+            f"{self.layout.source}: no format here holds every number of some matrices: {found} "
+            "(docs/formats.md says how near); --dtype fp32 is nearest"
+        )
+
+    def _segments(self, members: list[Projection], columns: int) -> tuple[Segment, ...]:
         found, begin = [], 0
-        for name in members:
-            p = self.by_name[name]
-            end = begin + padded(p.d_out)
-            found.append(Segment(name, p.kind, begin, end, p.d_out))
+        for p in members:
+            end = begin + padded(p.d_out, columns)
+            found.append(Segment(p.name, p.kind, begin, end, p.d_out))
             begin = end
         return tuple(found)
 
-    def _stored_kind(self, segments: tuple[Segment, ...], dtype: str) -> str | None:
-        """The kind of the GGUF's own blocks, if all members have the same, of this width."""
-        if self.group not in (None, 32) or not isinstance(self.weights, GgufWeights):
+    def _stored_kind(
+        self, segments: tuple[Segment, ...], taken: tuple[str, ...]
+    ) -> BlockKind | None:
+        """The kind of the GGUF's own blocks, if those of all members are `taken` and alike; that of one of them."""
+        kinds = [self._kind(self.by_name[s.name]) for s in segments]
+        alike = {
+            (k.entries, k.minimum) if k is not None and k.name in taken else None for k in kinds
+        }
+        found = kinds[0]
+        if found is None or len(alike) != 1 or None in alike:
             return None
-        kinds = {self.weights.stored_kind(self.by_name[s.name]) for s in segments}
-        kind = kinds.pop() if len(kinds) == 1 else None
-        return kind if kind in _STORED_KINDS.get(dtype, ()) else None
+        return found if self.group in (None, found.entries) else None
+
+    def _kind(self, projection: Projection) -> BlockKind | None:
+        """The kind of a GGUF's own blocks of a matrix; None for any other."""
+        if not isinstance(self.weights, GgufWeights):
+            return None
+        name = self.weights.stored_kind(projection)
+        return KINDS[name] if name is not None else None
 
     def sizes(self) -> Sizes:
         """Name -> (dtype, shape) of every tensor, in the order of :meth:`tensors`."""
-        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, shape in self.layout.shapes.items():
-            found |= {f"{name}.{suffix}": entry for suffix, entry in shape.tensors().items()}
-            if name in self._biases:
-                found[f"{name}.bias"] = torch.float32, (shape.columns,)
-        for name, width in self._norms():
-            found[name] = torch.float32, (width,)
-        return found
+        return self.layout.sizes(self._biases)
 
-    def _norms(self) -> Iterator[tuple[str, int]]:
-        for i, block in enumerate(self.spec.blocks):
-            for role in block.norms:
-                per_head = role in ("q_norm", "k_norm")
-                yield f"blocks.{i}.{role}", self.spec.head_dim if per_head else self.spec.hidden
-        yield "final_norm", self.spec.hidden
+    def _norms(self) -> Iterator[tuple[str, str, int, float]]:
+        """(name, parameter, entries, what is added to them) of every norm's weight and bias."""
+        spec = self.spec
+        sources = {
+            f"blocks.{i}.{role}": name
+            for i, block in enumerate(spec.blocks)
+            for role, name in block.norms.items()
+        } | {"final_norm": spec.final_norm}
+        for name, width in self.layout.norms():
+            norm = name.removesuffix(".bias")
+            if name == norm:
+                yield name, sources[norm], width, spec.norm_shift
+            else:
+                yield name, bias_of(sources[norm]), width, 0.0
 
     @cached_property
     def _biases(self) -> dict[str, torch.Tensor]:
-        """Fused matrix -> bias of all its columns; nothing for those without. Small, so read once."""
+        """Stage -> bias of all its columns; nothing for those without. Small, so read once."""
         found: dict[str, torch.Tensor] = {}
-        for name, segments in self.layout.segments.items():
-            for s in segments:
-                with suppress(ModelError):  # most projections have none
-                    part = self.weights.tensor(f"{self.by_name[s.name].module}.bias")
-                    whole = found.setdefault(name, torch.zeros(self.layout.shapes[name].columns))
-                    whole[s.begin : s.begin + s.d_out] = part.float()
+        for i in range(len(self.spec.blocks)):
+            for fused, _ in FUSED:
+                stage = f"blocks.{i}.{fused}"
+                segments = self.layout.stage(stage)
+                for s in segments:
+                    with suppress(ModelError):  # most projections have none
+                        part = self.weights.tensor(f"{self.by_name[s.name].module}.bias")
+                        whole = found.setdefault(stage, torch.zeros(segments[-1].end))
+                        whole[s.begin : s.begin + s.d_out] = part.float()
         return found
 
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of everything, one matrix in memory at a time."""
-        total = len(self.layout.shapes)
-        for done, (name, shape) in enumerate(self.layout.shapes.items(), 1):
-            if name in self.layout.segments:
-                packed = self._fused(name, shape)
-            else:
-                source = self.spec.embedding if name == "embedding" else self.spec.head
-                packed = pack(self.weights.tensor(source), shape)
-            for suffix in shape.tensors():
-                yield f"{name}.{suffix}", packed[suffix]
+        for name, shape in self._counted(progress):
+            made = {k: torch.empty(size, dtype=kind) for k, (kind, size) in shape.tensors().items()}
+            self._write(name, shape, made)
+            for suffix, tensor in made.items():
+                yield f"{name}.{suffix}", tensor
             if name in self._biases:
                 yield f"{name}.bias", self._biases[name]
+        yield from self._small()
+
+    def fill(self, tensors: Mapping[str, torch.Tensor], progress: Progress | None = None) -> None:
+        """Write everything into tensors of :meth:`sizes`; a GGUF's own blocks without a copy between."""
+        for name, shape in self._counted(progress):
+            self._write(name, shape, {k: tensors[f"{name}.{k}"] for k in shape.tensors()})
+            if name in self._biases:
+                tensors[f"{name}.bias"].copy_(self._biases[name])
+        for name, values in self._small():
+            tensors[name].copy_(values)
+
+    def _counted(self, progress: Progress | None) -> Iterator[tuple[str, Shape]]:
+        total = len(self.layout.shapes)
+        for done, item in enumerate(self.layout.shapes.items(), 1):
+            yield item
             if progress is not None:
                 progress(done, total)
-        names = {
-            f"blocks.{i}.{r}": n for i, b in enumerate(self.spec.blocks) for r, n in b.norms.items()
-        }
-        for name, width in self._norms():
-            values = self.weights.tensor(names.get(name, self.spec.final_norm)).float()
+
+    def _small(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, source, width, shift in self._norms():
+            values = self.weights.tensor(source).float()
             if values.numel() != width:
                 raise ActTailError(f"{name} has {values.numel()} entries, not {width}")
-            yield name, (values + self.spec.norm_shift).clone()
+            yield name, (values + shift).clone()
 
-    def _fused(self, name: str, shape: Shape) -> dict[str, torch.Tensor]:
-        """Members packed one after the other and put side by side."""
+    def _write(self, name: str, shape: Shape, into: dict[str, torch.Tensor]) -> None:
+        """Fill the tensors of one matrix."""
+        if name not in self.layout.segments:
+            self._table(self.spec.embedding if name == "embedding" else self.spec.head, shape, into)
+            return
         segments = self.layout.segments[name]
-        stored = self._stored_kind(segments, shape.dtype) is not None
-        parts = []
+        stored = self._stored_kind(segments, shape.format.gguf) is not None
         for s in segments:
-            own = replace(shape, columns=s.end - s.begin)
+            projection = self.by_name[s.name]
             if stored and isinstance(self.weights, GgufWeights):
-                parts.append(_from_stored(self.weights.stored(self.by_name[s.name]), own))
-            else:
-                parts.append(pack(self.weights.weight(self.by_name[s.name]), own))
-        return {suffix: torch.cat([p[suffix] for p in parts], dim=1) for suffix in parts[0]}
+                put_blocks(self.weights.stored(projection), shape, into, s.begin)
+                continue
+            own = replace(shape, columns=s.end - s.begin)
+            for suffix, packed in pack(self.weights.weight(projection), own).items():
+                begin = into[suffix].shape[1] * s.begin // shape.columns
+                into[suffix][:, begin : begin + packed.shape[1]] = packed
+
+    def _table(self, parameter: str, shape: Shape, into: dict[str, torch.Tensor]) -> None:
+        """Fill the embedding or an output head that is kept by outputs."""
+        if isinstance(self.weights, GgufWeights):
+            stored = self.weights.stored_table(parameter)
+            if stored is not None and takes_table(stored, shape):
+                put_table(stored, shape, into)
+                return
+        for suffix, packed in pack(self.weights.tensor(parameter), shape).items():
+            into[suffix].copy_(packed)
 
 
-def _from_stored(blocks: StoredBlocks, shape: Shape) -> dict[str, torch.Tensor]:
-    """The engine's layout of a GGUF's own levels: nothing is rounded again."""
-    extra = shape.columns - blocks.levels.shape[0]
-    zero = 8 if blocks.bits == 4 and blocks.minimum is None else 0
-    levels = nn.functional.pad(blocks.levels.T.contiguous(), (0, extra), value=zero)
-    packed = {
-        "weight": levels.view(torch.uint8) if blocks.bits == 8 else pack_nibbles(levels),
-        "scale": nn.functional.pad(blocks.scale.T.contiguous(), (0, extra)),
-    }
-    if blocks.minimum is not None:
-        packed["minimum"] = nn.functional.pad(blocks.minimum.T.contiguous(), (0, extra))
-    return packed
-
-
-def convert_in_memory(conversion: Conversion, progress: Progress | None = None) -> Packed:
+def convert_in_memory(
+    conversion: Conversion, progress: Progress | None = None,
+    policy: PrefillPolicy | str | None = None,
+) -> Packed:  # fmt: skip
     """Pack a model into an arena.
 
     Args:
         conversion: what and how.
         progress: called with (matrices done, matrices).
+        policy: the model's own prefill policy, None if it has none.
     """
     tensors, arena = allocate(conversion.sizes())
-    for name, tensor in conversion.tensors(progress):
-        tensors[name].copy_(tensor)
-    return Packed(conversion.layout, tensors, conversion.plan, arena)
+    conversion.fill(tensors, progress)
+    own = PrefillPolicy.choose(policy)
+    return Packed(conversion.layout, tensors, conversion.plan, arena, own)
 
 
 def convert_to_folder(
-    conversion: Conversion, folder: str | os.PathLike[str], progress: Progress | None = None
-) -> None:
+    conversion: Conversion, folder: str | os.PathLike[str], policy: PrefillPolicy,
+    progress: Progress | None = None,
+) -> None:  # fmt: skip
     """Pack a model into an .acttail folder, without holding it in memory.
 
     Args:
         conversion: what and how.
         folder: made if absent.
+        policy: kept inside.
         progress: called with (matrices done, matrices).
 
     Raises:
@@ -208,20 +343,15 @@ def convert_to_folder(
     """
     write_folder(
         Path(folder), conversion.layout, conversion.sizes(),
-        lambda: conversion.tensors(progress), conversion.plan,
+        lambda: conversion.tensors(progress), conversion.plan, policy,
     )  # fmt: skip
 
 
 def dequantised_state(packed: Packed) -> Mapping[str, torch.Tensor]:
     """Projection weight name -> float32 [d_out, d_in] as the engine reads them; for checks."""
-    from acttail.engine.layout import unpack
-
     found = {}
     for name, segments in packed.layout.segments.items():
         values = unpack(packed.matrix(name), packed.layout.shapes[name])
         for s in segments:
             found[s.name] = values[s.begin : s.begin + s.d_out]
     return found
-
-
-assert BLOCK == 64  # noqa: S101  (native/kernels.hpp, kBlock)

@@ -1,17 +1,29 @@
-"""The generation loop every engine shares: tokens in, text out, piece by piece."""
+"""One generation as a plain state machine: logits in, a piece of text out. Whoever has logits drives it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from acttail.engine.sampling import Sampler, Sampling
-from acttail.engine.sequence import Sequence as EngineSequence
+from acttail.engine.text import TextStream
 from acttail.errors import ActTailError
 
 Finish = Literal["stop", "length", "cancelled"]
+
+
+class Constraint(Protocol):
+    """What a text is held to, one generation long."""
+
+    def masked(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [vocabulary] with -inf for tokens that may not come next."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token; whether the text is complete with it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,7 @@ class Piece:
     """What one step adds.
 
     Attributes:
-        token: id of the token.
+        token: id of the token; -1 if only text came that had been held back.
         text: characters that became final with it; may be empty while a character or a possible stop
             string is incomplete.
         logprob: natural logarithm of the token's probability, if asked for.
@@ -34,7 +46,7 @@ class Piece:
 
 @dataclass
 class Generation:
-    """A finished (or stopped) generation.
+    """A generation: empty until it is begun, advanced by logits, finished in the end.
 
     Attributes:
         text: without stop strings.
@@ -43,6 +55,9 @@ class Generation:
         prompt_tokens: tokens of the prompt.
         prefill_seconds: until the first logits.
         decode_seconds: from there to the end.
+        finished: whether nothing more comes.
+        next_tokens: [n] int64 ids to feed for the logits that :meth:`advance` takes: the prompt, then
+            the token drawn last.
     """
 
     text: str = ""
@@ -51,6 +66,14 @@ class Generation:
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    finished: bool = field(default=False, init=False)
+    next_tokens: torch.Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.int64),
+        init=False,
+        repr=False,
+        compare=False,
+    )
+    _run: "_Run | None" = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def tokens_per_second(self) -> float:
@@ -59,142 +82,118 @@ class Generation:
             max(0, len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
         )
 
+    def begin(
+        self, prompt: torch.Tensor, *, max_new_tokens: int, sampling: Sampling, tokenizer: Any = None,
+        stop: Sequence[str] = (), eos: frozenset[int] = frozenset(), logprobs: int | None = None,
+        held: int = 0, constraint: Constraint | None = None,
+    ) -> None:  # fmt: skip
+        """Start the clock; the prompt is to be fed next.
 
-class TextStream:
-    """Turns ids into text as they come, never half a character and never a part of a stop string.
+        Args:
+            prompt: [n] int64.
+            max_new_tokens: tokens at most.
+            sampling: how they are drawn.
+            tokenizer: of the model; None if only ids are wanted.
+            stop: strings that end the text.
+            eos: ids that end the sequence.
+            logprobs: give the log-probability of each token and of so many likeliest ones.
+            held: tokens of the prompt that the sequence already ends with; at least one is left to feed.
+            constraint: what the text is held to; it ends where that is complete.
 
-    Args:
-        tokenizer: of transformers.
-        stop: strings that end the text; they are not part of it.
-    """
+        Raises:
+            ActTailError: the prompt is empty, or this generation has been begun before.
+        """
+        if self._run is not None:
+            raise ActTailError("a generation is begun once; make another")
+        if not prompt.numel():
+            raise ActTailError("the prompt is empty")
+        self.prompt_tokens, self.next_tokens = prompt.numel(), prompt[held:]
+        self._run = _Run(
+            prompt, max_new_tokens, Sampler(sampling), frozenset() if sampling.ignore_eos else eos,
+            logprobs, TextStream(tokenizer, stop) if tokenizer is not None else None, constraint,
+        )  # fmt: skip
+        self.finished = max_new_tokens < 1
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, [s for s in stop if s]
-        self._ids: list[int] = []
-        self._offset = 0  # ids before it are settled
-        self._settled = ""
-        self.text = ""
-        self._sent = 0
-        self.stopped = False
+    def advance(self, logits: torch.Tensor) -> Piece:
+        """Draw the next token; what was held back of the text comes with the last one.
 
-    def push(self, token: int, *, last: bool = False) -> str:
-        """Add a token; returns what may be shown now."""
-        self._ids.append(token)
-        return self._advance(last=last)
+        Args:
+            logits: [vocabulary] float32 after :attr:`next_tokens`; not kept.
 
-    def finish(self) -> str:
-        """What was held back."""
-        return self._advance(last=True)
+        Raises:
+            ActTailError: the generation is not under way, or the logits are not finite.
+        """
+        run = self._run
+        if run is None or self.finished:
+            raise ActTailError("only a generation that is begun and not finished can advance")
+        if not self.tokens:
+            run.sampler.see(run.prompt, logits.numel(), generated=False)
+            run.decoding = time.perf_counter()
+            self.prefill_seconds = run.decoding - run.started
+        allowed = logits if run.constraint is None else run.constraint.masked(logits)
+        token = run.sampler.draw(allowed)
+        complete = run.constraint is not None and run.constraint.accept(token)
+        logprob, top = detail(logits, token, run.logprobs)
+        self.tokens.append(token)
+        ended = token in run.eos
+        last = ended or len(self.tokens) >= run.limit
+        shown = ""
+        if run.text is not None:
+            shown = run.text.finish() if ended else run.text.push(token, last=last)
+            self.text = run.text.text
+            ended = ended or run.text.stopped
+        if complete and not ended:
+            ended = True
+            if run.text is not None:
+                shown += run.text.finish()
+                self.text = run.text.text
+        if ended or last:
+            self.finish, self.finished = "stop" if ended else "length", True
+        else:
+            self.next_tokens = torch.tensor([token])
+            run.sampler.see(self.next_tokens, logits.numel())
+        self.decode_seconds = time.perf_counter() - run.decoding
+        return Piece(token, shown, logprob, top)
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _advance(self, *, last: bool) -> str:
-        if self.stopped:
-            return ""
-        # Decode from a few tokens back, for a token's text may depend on the one before it.
-        start = max(0, self._offset - 4)
-        before, now = self._decode(self._ids[start : self._offset]), self._decode(self._ids[start:])
-        if now.endswith("�") and not last:
-            return ""
-        self.text += now[len(before) :]
-        self._offset = len(self._ids)
-        for stop in self._stop:
-            at = self.text.find(stop, max(0, self._sent - len(stop)))
-            if at >= 0:
-                self.text, self.stopped = self.text[:at], True
-        end = len(self.text)
-        if not (last or self.stopped):
-            end -= self._possible_stop()
-        piece = self.text[self._sent : max(end, self._sent)]
-        self._sent = max(end, self._sent)
-        return piece
-
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the text that could begin a stop string."""
-        longest = 0
-        for stop in self._stop:
-            for n in range(min(len(stop) - 1, len(self.text)), 0, -1):
-                if self.text.endswith(stop[:n]):
-                    longest = max(longest, n)
-                    break
-        return longest
-
-
-def stream(
-    sequence: EngineSequence,
-    tokenizer: Any,
-    prompt: torch.Tensor,
-    result: Generation,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[str] = (),
-    eos: frozenset[int] = frozenset(),
-    logprobs: int | None = None,
-    cancelled: Callable[[], bool] | None = None,
-    held: int = 0,
-) -> Iterator[Piece]:
-    """Generate, yielding each token as it is drawn.
-
-    Args:
-        sequence: a sequence of any engine; the prompt, less what is held, is appended.
-        tokenizer: of the model; None if only ids are wanted.
-        prompt: [n] int64.
-        held: tokens of the prompt that the sequence already ends with; at least one is left to feed.
-        result: filled as the generation goes.
-        max_new_tokens: tokens at most.
-        sampling: how they are drawn.
-        stop: strings that end the text.
-        eos: ids that end the sequence.
-        logprobs: give the log-probability of each token and of so many likeliest ones.
-        cancelled: asked before every token.
-
-    Raises:
-        ActTailError: the prompt is empty or too long.
-    """
-    if not prompt.numel():
-        raise ActTailError("the prompt is empty")
-    sampler, text = (
-        Sampler(sampling),
-        TextStream(tokenizer, stop) if tokenizer is not None else None,
-    )
-    result.prompt_tokens = prompt.numel()
-    started = time.perf_counter()
-    logits = sequence.feed(prompt[held:])
-    sampler.see(prompt, logits.numel(), generated=False)
-    result.prefill_seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    for i in range(max_new_tokens):
-        if cancelled is not None and cancelled():
-            result.finish = "cancelled"
-            break
-        token = sampler.draw(logits)
-        detail = _detail(logits, token, logprobs)
-        result.tokens.append(token)
-        ended = token in eos and not sampling.ignore_eos
-        piece = text.push(token) if text and not ended else ""
-        result.text = text.text if text else ""
-        result.decode_seconds = time.perf_counter() - started
-        yield Piece(token, piece, *detail)
-        if ended or (text is not None and text.stopped):
-            result.finish = "stop"
-            break
-        if i + 1 < max_new_tokens:
-            one = torch.tensor([token])
-            sampler.see(one, logits.numel())
-            logits = sequence.feed(one)
-    result.decode_seconds = time.perf_counter() - started
-    if text is not None:
-        rest = text.finish()
-        result.text = text.text
-        if rest:
-            yield Piece(-1, rest)
+    def cancel(self) -> Piece | None:
+        """End it here; returns the text that was held back, None without any."""
+        if self.finished:
+            return None
+        self.finish, self.finished = "cancelled", True
+        run = self._run
+        if run is None or not self.tokens:
+            return None
+        self.decode_seconds = time.perf_counter() - run.decoding
+        rest = run.text.finish() if run.text is not None else ""
+        self.text = run.text.text if run.text is not None else ""
+        return Piece(-1, rest) if rest else None
 
 
-def _detail(
+@dataclass(eq=False)
+class _Run:
+    """What a generation needs while it is under way."""
+
+    prompt: torch.Tensor
+    limit: int
+    sampler: Sampler
+    eos: frozenset[int]
+    logprobs: int | None
+    text: TextStream | None
+    constraint: Constraint | None = None
+    started: float = field(default_factory=time.perf_counter)
+    decoding: float = 0.0
+
+
+def detail(
     logits: torch.Tensor, token: int, count: int | None
 ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    """A token's log-probability, and [(id, logprob)] of the likeliest ones; nothing for a `count` of None.
+
+    Args:
+        logits: [vocabulary] float32.
+        token: id.
+        count: likeliest tokens wanted.
+    """
     if count is None:
         return None, ()
     total = torch.logsumexp(logits, 0)

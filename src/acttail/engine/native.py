@@ -1,87 +1,29 @@
-"""The engine's C ABI: structs, and the calls that run a decoder (native/engine.h)."""
+"""A packed model in the hands of the native engine: what its C ABI is told, and the calls that run it."""
 
 import ctypes
 import threading
-from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from acttail.backends import cpu
-from acttail.backends.cpu import Matrix
-from acttail.engine.layout import FORMATS, Shape
-from acttail.engine.store import Packed, Segment
+from acttail.engine.blocks import padded
+from acttail.engine.formats import kv_format
+from acttail.engine.layout import HEAD_MATRIX, Layout, Segment
+from acttail.engine.packing import unpack
+from acttail.engine.spec import check_rule
+from acttail.engine.store import Packed
+from acttail.engine.transcode import matrix_struct
 from acttail.errors import ActTailError, PlanError
+from acttail.model.projections import HEAD
 from acttail.plan import SparsityPlan
+from acttail.sparse.backends import abi, cpu
+from acttail.sparse.backends.abi import Block, Fused, Model, Norm, Rope
+from acttail.sparse.rules import Rule, bind
 
-KV_FORMATS = {"fp32": 0, "bf16": 1, "int8": 2}
-_RULES = {"dense": 0, "topk": 1, "threshold": 2}
-_pointer, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-
-
-class SegmentStruct(ctypes.Structure):
-    """struct acttail_segment."""
-
-    _fields_ = (
-        ("begin", _i64), ("end", _i64), ("k", _i64), ("score_scale", _pointer), ("threshold", _f32),
-        ("rule", _i32), ("dense_kernel", _i32), ("padding", _i32),
-    )  # fmt: skip
-
-
-class Fused(ctypes.Structure):
-    """struct acttail_fused."""
-
-    _fields_ = (
-        ("matrix", Matrix), ("segment", SegmentStruct * 3), ("bias", _pointer), ("segments", _i32),
-        ("padding", _i32),
-    )  # fmt: skip
-
-
-class Norm(ctypes.Structure):
-    """struct acttail_norm."""
-
-    _fields_ = (("weight", _pointer), ("bias", _pointer))
-
-
-class Block(ctypes.Structure):
-    """struct acttail_block."""
-
-    _fields_ = (
-        ("qkv", Fused), ("o", Fused), ("gate_up", Fused), ("down", Fused),
-        ("input_norm", Norm), ("attention_norm", Norm), ("mlp_norm", Norm), ("output_norm", Norm),
-        ("q_norm", Norm), ("k_norm", Norm),
-        ("q_offset", _i64), ("k_offset", _i64), ("v_offset", _i64), ("gate_offset", _i64), ("up_offset", _i64),
-        ("window", _i64), ("rope", _i32), ("padding", _i32),
-    )  # fmt: skip
-
-
-class Rope(ctypes.Structure):
-    """struct acttail_rope."""
-
-    _fields_ = (("inv_freq", _pointer), ("half", _i64), ("scale", _f32), ("padding", _i32))
-
-
-class Model(ctypes.Structure):
-    """struct acttail_model."""
-
-    _fields_ = (
-        ("block", ctypes.POINTER(Block)), ("rope", ctypes.POINTER(Rope)), ("embedding", Matrix),
-        ("head", Matrix), ("final_norm", Norm),
-        ("blocks", _i64), ("ropes", _i64), ("hidden", _i64), ("heads", _i64), ("kv_heads", _i64),
-        ("head_dim", _i64), ("intermediate", _i64), ("vocabulary", _i64),
-        ("norm_eps", _f32), ("attention_scale", _f32), ("attention_softcap", _f32),
-        ("logit_softcap", _f32), ("embedding_scale", _f32),
-        ("layer_norm", _i32), ("activation", _i32), ("kv_format", _i32),
-    )  # fmt: skip
-
-
-def matrix_struct(tensors: Mapping[str, torch.Tensor], shape: Shape) -> Matrix:
-    """The struct of a packed matrix; the tensors must outlive it."""
-    found = Matrix(FORMATS[shape.dtype], shape.group, shape.rows, shape.columns)
-    found.data = tensors["weight"].data_ptr()
-    found.scale = tensors["scale"].data_ptr() if "scale" in tensors else None
-    found.minimum = tensors["minimum"].data_ptr() if "minimum" in tensors else None
-    return found
+# Rows of a head kept by outputs that are unpacked at a time.
+_TABLE_ROWS = 8192
 
 
 def library() -> ctypes.CDLL:
@@ -91,43 +33,9 @@ def library() -> ctypes.CDLL:
         ActTailError: it is not available; says why.
     """
     try:
-        return _declared(cpu.library())
+        return cpu.library()
     except RuntimeError as error:
         raise ActTailError(f"the native engine is not available: {error}") from error
-
-
-def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
-    if getattr(lib, "acttail_declared", False):
-        return lib
-    lib.acttail_engine_new.argtypes = [ctypes.POINTER(Model), ctypes.c_int]
-    lib.acttail_engine_new.restype = _pointer
-    lib.acttail_engine_free.argtypes = [_pointer]
-    lib.acttail_engine_free.restype = None
-    lib.acttail_cache_new.argtypes = [_pointer, _i64]
-    lib.acttail_cache_new.restype = _pointer
-    lib.acttail_cache_free.argtypes = [_pointer]
-    lib.acttail_cache_free.restype = None
-    for name in ("acttail_cache_length", "acttail_cache_bytes"):
-        function = getattr(lib, name)
-        function.argtypes, function.restype = [_pointer], _i64
-    lib.acttail_cache_truncate.argtypes = [_pointer, _i64]
-    lib.acttail_cache_set_length.argtypes = [_pointer, _i64]
-    lib.acttail_cache_write.argtypes = [_pointer, _i64, _i64, _i64, _pointer, _pointer]
-    lib.acttail_cache_read.argtypes = [_pointer, _i64, _i64, _i64, _pointer, _pointer]
-    lib.acttail_engine_forward.argtypes = [
-        _pointer, _pointer, _pointer, _i64, ctypes.c_int, _pointer, ctypes.POINTER(ctypes.c_double),
-    ]  # fmt: skip
-    lib.acttail_decode_rows.argtypes = [
-        ctypes.POINTER(Matrix), _i64, _i64, _i64, _i64, ctypes.c_int, _pointer, ctypes.c_int,
-    ]  # fmt: skip
-    lib.acttail_add_rows.argtypes = [
-        ctypes.POINTER(Matrix), _pointer, _pointer, _i64, _i64, _i64, _pointer, _i64, _i64,
-    ]  # fmt: skip
-    lib.acttail_dot_rows.argtypes = [ctypes.POINTER(Matrix), _pointer, _pointer]
-    lib.acttail_read_seconds.argtypes = [_pointer, _i64, ctypes.c_int]
-    lib.acttail_read_seconds.restype = ctypes.c_double
-    lib.acttail_declared = True  # type: ignore[attr-defined]
-    return lib
 
 
 class NativeDecoder:
@@ -141,7 +49,8 @@ class NativeDecoder:
         dense_kernel: projections that read all rows though most of their input is zeroed.
 
     Raises:
-        PlanError: the plan has a rule the engine does not run, or was made for other projections.
+        UnsupportedRuleError: the engine does not run the plan's rule.
+        PlanError: the plan was made for other projections.
         ActTailError: no native library, or the engine refuses the model.
     """
 
@@ -149,23 +58,43 @@ class NativeDecoder:
         self, packed: Packed, plan: SparsityPlan | None, threads: int, kv_dtype: str,
         dense_kernel: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
+        check_rule(plan)
         self.lib = library()
         self.packed, self.plan, self.threads, self.kv_dtype = packed, plan, threads, kv_dtype
         self.dense_kernel = dense_kernel
         # Sequences share the workers' scratch: one pass at a time, whatever thread it comes from.
         self.lock = threading.RLock()
         self._held: list[Any] = []
+        # Projection name -> its rule, for prompts; empty without a plan.
+        self.rules: dict[str, Rule] = {}
         model = self._model()
-        self.handle = self.lib.acttail_engine_new(ctypes.byref(model), threads)
-        if not self.handle:
+        handle = ctypes.c_void_p()
+        code = self.lib.acttail_engine_new(ctypes.byref(model), threads, ctypes.byref(handle))
+        if code:
             raise ActTailError(
-                "the native engine refused the model: bad sizes or not enough memory"
+                f"the native engine refused the model with {threads} threads: {abi.reason(code)}"
             )
+        self.handle = handle.value
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
             self.lib.acttail_engine_free(self.handle)
             self.handle = None
+
+    def new_cache(self, capacity: int) -> int:
+        """Handle of an empty KV cache, for the caller to free with `acttail_cache_free`.
+
+        Args:
+            capacity: positions it has room for.
+
+        Raises:
+            ActTailError: not enough memory for it.
+        """
+        cache = ctypes.c_void_p()
+        code = self.lib.acttail_cache_new(self.handle, capacity, ctypes.byref(cache))
+        if code or cache.value is None:
+            raise ActTailError(f"no KV cache for {capacity} tokens: {abi.reason(code)}")
+        return cache.value
 
     def _float(self, values: torch.Tensor) -> int:
         held = values.float().contiguous()
@@ -173,45 +102,59 @@ class NativeDecoder:
         return held.data_ptr()
 
     def _norm(self, name: str) -> Norm:
-        tensor = self.packed.tensors.get(name)
-        return Norm(tensor.data_ptr() if tensor is not None else None, None)
+        found = (self.packed.tensors.get(n) for n in (name, f"{name}.bias"))
+        return Norm(*(tensor.data_ptr() if tensor is not None else None for tensor in found))
 
-    def _segment(self, s: Segment) -> SegmentStruct:
-        out = SegmentStruct(begin=s.begin, end=s.end)
-        if self.plan is None:
+    def _segment(self, s: Segment, at: int) -> abi.Segment:
+        """A projection whose matrix begins at column `at` of its stage."""
+        out = abi.Segment(begin=at + s.begin, end=at + s.end, outputs=s.d_out)
+        if self.plan is None or (s.kind == HEAD and self.plan.head is None):
             return out
         entry = self.plan.projections.get(s.name)
         if entry is None:
             raise PlanError(f"the plan has no projection {s.name}: it was made for another model")
-        d_in = self.packed.layout.shapes[self._matrix_of(s)].rows
+        layout = self.packed.layout
+        name = self._matrix_of(s)
+        d_in = layout.spec.hidden if name is None else layout.shapes[name].rows
         if (entry.d_in, entry.d_out) != (d_in, s.d_out):
             raise PlanError(
                 f"the plan's {s.name} maps {entry.d_in} to {entry.d_out} features, this model's {d_in} "
                 f"to {s.d_out}: it was made for another model"
             )
         out.dense_kernel = int(s.name in self.dense_kernel)
-        match self.plan.rule:
-            case "topk" | "wina":
-                out.rule, out.k = _RULES["topk"], entry.k
-                if self.plan.rule == "wina" and entry.k < entry.d_in:
-                    out.score_scale = self._float(self.column_norms(s))
-            case "threshold":
-                if entry.threshold is not None:
-                    out.rule, out.threshold = _RULES["threshold"], entry.threshold
-            case other:
-                raise PlanError(f"the native engine does not run the rule {other}")
+        rule = bind(self.plan, entry, partial(self.column_norms, s))
+        told = rule.native
+        assert told is not None  # noqa: S101  (such plans are refused on entry)
+        out.rule, out.k, out.threshold = told.code, told.k, told.threshold
+        if told.score_scale is not None:
+            out.score_scale = self._float(told.score_scale)
+        self.rules[s.name] = rule
         return out
 
-    def _matrix_of(self, s: Segment) -> str:
-        return next(n for n, found in self.packed.layout.segments.items() if s in found)
+    def _matrix_of(self, s: Segment) -> str | None:
+        """Name of its input-major matrix; None for a head that is kept by outputs."""
+        return next((n for n, found in self.packed.layout.segments.items() if s in found), None)
 
     def column_norms(self, s: Segment) -> torch.Tensor:
         """[d_in] norms of the weight's columns, as WINA scores with."""
         name = self._matrix_of(s)
+        if name is None:
+            return self._table_norms()
         shape = self.packed.layout.shapes[name]
         columns = self.rows(name, 0, shape.rows, s.begin, s.begin + s.d_out, torch.float32)
         norms: torch.Tensor = torch.linalg.vector_norm(columns, dim=1)
         return norms
+
+    def _table_norms(self) -> torch.Tensor:
+        """[hidden] norms of the columns of a head that is kept by outputs."""
+        layout = self.packed.layout
+        name, shape = layout.head_name, layout.head_shape
+        squares = torch.zeros(layout.spec.hidden)
+        for part in torch.arange(shape.rows).split(_TABLE_ROWS):  # type: ignore[no-untyped-call]
+            picked = {k: t.index_select(0, part) for k, t in self.packed.matrix(name).items()}
+            values = unpack(picked, replace(shape, rows=len(part)))
+            squares += values[:, : layout.spec.hidden].square().sum(0)
+        return squares.sqrt()
 
     def rows(
         self, name: str, first: int, last: int, begin: int, end: int, dtype: torch.dtype,
@@ -227,17 +170,21 @@ class NativeDecoder:
             torch.get_num_threads(),
         )  # fmt: skip
         if code:
-            raise RuntimeError(f"native decode_rows of {name}: status {code}")
+            raise RuntimeError(f"native decode_rows of {name}: {abi.reason(code)}")
         return out
 
-    def _fused(self, name: str) -> Fused:
-        layout = self.packed.layout
-        found = Fused(matrix=matrix_struct(self.packed.matrix(name), layout.shapes[name]))
-        segments = layout.segments[name]
-        for i, s in enumerate(segments):
-            found.segment[i] = self._segment(s)
-        found.segments = len(segments)
-        bias = self.packed.tensors.get(f"{name}.bias")
+    def _fused(self, stage: str) -> Fused:
+        layout, found, at = self.packed.layout, Fused(), 0
+        for name in layout.matrices(stage):
+            found.matrix[found.matrices] = matrix_struct(
+                self.packed.matrix(name), layout.shapes[name]
+            )
+            found.matrices += 1
+            for s in layout.segments[name]:
+                found.segment[found.segments] = self._segment(s, at)
+                found.segments += 1
+            at += layout.shapes[name].columns
+        bias = self.packed.tensors.get(f"{stage}.bias")
         found.bias = bias.data_ptr() if bias is not None else None
         return found
 
@@ -250,7 +197,7 @@ class NativeDecoder:
                 setattr(block, fused, self._fused(f"blocks.{i}.{fused}"))
             for role in described.norms:
                 setattr(block, role, self._norm(f"blocks.{i}.{role}"))
-            for kind, offset in offsets(layout.segments, i, spec).items():
+            for kind, offset in offsets(layout, i, spec).items():
                 setattr(block, f"{kind}_offset", offset)
             block.window, block.rope = described.window, described.rope
         ropes = (Rope * len(spec.ropes))()
@@ -258,22 +205,29 @@ class NativeDecoder:
             rope.inv_freq = self._float(torch.tensor(frequencies))
             rope.half, rope.scale = len(frequencies), scale
         embedding = matrix_struct(self.packed.matrix("embedding"), layout.shapes["embedding"])
-        tied = "head" not in layout.shapes
-        head = (
-            embedding if tied else matrix_struct(self.packed.matrix("head"), layout.shapes["head"])
-        )
+        head = embedding
+        if layout.head_shape.output_major:
+            name = layout.head_name
+            head = matrix_struct(self.packed.matrix(name), layout.shapes[name])
         self._held += [blocks, ropes]
+        head_input = Fused()
+        if HEAD_MATRIX in layout.segments:
+            head_input = self._fused(HEAD_MATRIX)
+        elif self.plan is not None and self.plan.head is not None:
+            # Rows of its own it has not: its input is masked, and all of it read.
+            found = Segment(self.plan.head[0], HEAD, 0, padded(spec.vocabulary), spec.vocabulary)
+            head_input.segment[0], head_input.segments = self._segment(found, 0), 1
         # Gemma's factor was trained rounded to the model's dtype.
         factor = torch.tensor(spec.embedding_scale)
-        factor = factor if layout.dtype == "fp32" else factor.bfloat16().float()
+        factor = factor.to(layout.format.compute).float()
         return Model(
-            block=blocks, rope=ropes, embedding=embedding, head=head, final_norm=self._norm("final_norm"),
+            block=blocks, rope=ropes, embedding=embedding, head=head, head_input=head_input, final_norm=self._norm("final_norm"),
             blocks=len(spec.blocks), ropes=len(spec.ropes), hidden=spec.hidden, heads=spec.heads,
             kv_heads=spec.kv_heads, head_dim=spec.head_dim, intermediate=spec.intermediate,
             vocabulary=spec.vocabulary, norm_eps=spec.norm_eps, attention_scale=spec.attention_scale,
             attention_softcap=spec.attention_softcap, logit_softcap=spec.logit_softcap,
-            embedding_scale=float(factor), layer_norm=0,
-            activation=spec.activation, kv_format=KV_FORMATS[self.kv_dtype],
+            embedding_scale=float(factor), layer_norm=int(spec.layer_norm),
+            activation=spec.activation, kv_format=kv_format(self.kv_dtype).number,
         )  # fmt: skip
 
     def forward(
@@ -288,36 +242,41 @@ class NativeDecoder:
             every: fill the logits of every token.
 
         Returns:
-            How many weights were read.
+            How many weights all of them read together, as native/engine.h counts: without padding, and
+            with the output head for every row of logits.
 
         Raises:
-            ActTailError: the cache is full or a token id is out of range.
+            ActTailError: the cache is full, a token id is out of range, or memory runs out.
         """
         read = ctypes.c_double()
         code = self.lib.acttail_engine_forward(
             self.handle, cache, tokens.data_ptr(), tokens.numel(), int(every),
             logits.data_ptr() if logits is not None else None, ctypes.byref(read),
         )  # fmt: skip
-        if code:
+        if code == abi.BAD_ARGUMENT:
             raise ActTailError(
                 "the sequence is longer than its KV cache, or a token id is not in the vocabulary"
             )
+        if code:
+            raise ActTailError(f"the native engine did not run the tokens: {abi.reason(code)}")
         return int(read.value)
 
 
-def offsets(segments: Mapping[str, tuple[Segment, ...]], block: int, spec: Any) -> dict[str, int]:
-    """First column of q, k, v, gate and up in their fused matrices."""
-    found: dict[str, int] = {}
-    for s in segments[f"blocks.{block}.qkv"]:
+def offsets(layout: Layout, block: int, spec: Any) -> dict[str, int]:
+    """First column of q, k, v, gate and up in their stages; gate is -1 in an MLP without one."""
+    found = {"gate": -1}
+    for s in layout.stage(f"blocks.{block}.qkv"):
         if s.kind == "qkv":
             width = spec.heads * spec.head_dim
             found |= {"q": s.begin, "k": s.begin + width}
             found["v"] = found["k"] + spec.kv_heads * spec.head_dim
         else:
             found[s.kind] = s.begin
-    for s in segments[f"blocks.{block}.gate_up"]:
+    for s in layout.stage(f"blocks.{block}.gate_up"):
         if s.kind == "gate_up":
             found |= {"gate": s.begin, "up": s.begin + spec.intermediate}
+        elif s.kind == "fc1":
+            found["up"] = s.begin
         else:
             found[s.kind] = s.begin
     return found

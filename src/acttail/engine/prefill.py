@@ -7,24 +7,30 @@ prefill policy makes sparse.
 
 import ctypes
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from acttail.engine.layout import unpack
-from acttail.engine.native import NativeDecoder, matrix_struct, offsets
+from acttail.engine.layout import HEAD_MATRIX
+from acttail.engine.native import NativeDecoder, offsets
+from acttail.engine.packing import unpack
+from acttail.engine.shapes import Shape
 from acttail.engine.spec import BlockSpec, DecoderSpec
-from acttail.engine.store import Segment
-from acttail.plan import SparsityPlan
-from acttail.rules import Rule, ScaledTopK, Threshold, TopK
+from acttail.engine.transcode import matrix_struct
+from acttail.sparse.rules import Dense
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
     0: F.silu,
     1: lambda x: F.gelu(x, approximate="tanh"),
     2: F.gelu,
     3: F.relu,
 }
+
+
+# Of the head: a piece of 64 MB in float32 beside 1,024 inputs.
+_HEAD_COLUMNS = 16384
 
 
 class Prefill:
@@ -38,22 +44,27 @@ class Prefill:
         self.decoder = decoder
         packed = decoder.packed
         self.spec: DecoderSpec = packed.layout.spec
-        self.dtype = torch.float32 if packed.layout.dtype == "fp32" else torch.bfloat16
+        self.dtype = packed.layout.format.compute
         self._tensors = packed.tensors
         shapes = packed.layout.shapes
-        fused = [s for n, s in shapes.items() if n in packed.layout.segments]
-        self._scratch = torch.empty(0, dtype=self.dtype)
-        if packed.layout.dtype in ("int8", "int4"):
-            self._scratch = torch.empty(max(s.rows * s.columns for s in fused), dtype=self.dtype)
-        self._rules: dict[str, Rule | None] = {}
+        decoded = [
+            shapes[n].entries
+            for n in packed.layout.segments
+            if n != HEAD_MATRIX and not self._as_it_lies(shapes[n])
+        ]
+        self._scratch = torch.empty(max(decoded, default=0), dtype=self.dtype)
+
+    def _as_it_lies(self, shape: Shape) -> bool:
+        """Whether a matrix can be multiplied with as it is stored."""
+        return shape.format.torch_dtype == self.dtype
 
     def _weights(self, name: str) -> torch.Tensor:
         """[d_in, columns] in the compute dtype; valid until the next call."""
         shape = self.decoder.packed.layout.shapes[name]
         raw = self._tensors[f"{name}.weight"]
-        if shape.dtype in ("fp32", "bf16"):
+        if self._as_it_lies(shape):
             return raw.view(self.dtype)
-        out = self._scratch[: shape.rows * shape.columns].view(shape.rows, shape.columns)
+        out = self._scratch[: shape.entries].view(shape.rows, shape.columns)
         return self.decoder.rows(name, 0, shape.rows, 0, shape.columns, self.dtype, out)
 
     def __call__(
@@ -79,29 +90,41 @@ class Prefill:
             a = self._attention(i, block, h, ropes[block.rope], rows, cache, past, masks)
             x = x + self._norm(f"blocks.{i}.attention_norm", a)
             h = self._norm(f"blocks.{i}.mlp_norm", x)
-            at = offsets(self.decoder.packed.layout.segments, i, self.spec)
+            at = offsets(self.decoder.packed.layout, i, self.spec)
             both = self._project(f"blocks.{i}.gate_up", h, rows)
-            gate = both[:, at["gate"] : at["gate"] + self.spec.intermediate]
-            up = both[:, at["up"] : at["up"] + self.spec.intermediate]
-            inner = _ACTIVATIONS[self.spec.activation](gate) * up
+            activate = _ACTIVATIONS[self.spec.activation]
+            inner = both[:, at["up"] : at["up"] + self.spec.intermediate]
+            if at["gate"] < 0:
+                inner = activate(inner)
+            else:
+                inner = activate(both[:, at["gate"] : at["gate"] + self.spec.intermediate]) * inner
             m = self._project(f"blocks.{i}.down", inner, rows)[:, : self.spec.hidden]
             x = x + self._norm(f"blocks.{i}.output_norm", m)
         return self._norm("final_norm", x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor | bool) -> torch.Tensor:
         """[n, vocabulary] float32 of the output head.
 
         Args:
             hidden: [n, hidden], as returned by a call.
+            rows: which of them are sparse, as for the call.
         """
+        plan = self.decoder.plan
+        if plan is not None and plan.head is not None and rows is not False:
+            hidden = self._select(plan.head[0], hidden, rows)
+        out = self._head(hidden)
+        cap = self.spec.logit_softcap
+        return torch.tanh(out / cap) * cap if cap else out
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         packed = self.decoder.packed
-        name = "head" if "head" in packed.layout.shapes else "embedding"
-        shape = packed.layout.shapes[name]
+        name, shape = packed.layout.head_name, packed.layout.head_shape
         spec = self.spec
-        if shape.dtype in ("fp32", "bf16") and len(hidden) > 1:
-            weights = packed.tensors[f"{name}.weight"].view(
-                torch.float32 if shape.dtype == "fp32" else torch.bfloat16
-            )
+        if not shape.output_major:
+            return self._by_inputs(hidden, name, shape)
+        stored = shape.format.torch_dtype
+        if stored is not None and len(hidden) > 1:
+            weights = packed.tensors[f"{name}.weight"].view(stored)
             out = (hidden @ weights[:, : spec.hidden].T.to(hidden.dtype)).float()
         else:
             struct = matrix_struct(packed.matrix(name), shape)
@@ -111,8 +134,16 @@ class Prefill:
                 self.decoder.lib.acttail_dot_rows(
                     ctypes.byref(struct), row.data_ptr(), to.data_ptr()
                 )
-        if spec.logit_softcap:
-            out = torch.tanh(out / spec.logit_softcap) * spec.logit_softcap
+        return out
+
+    def _by_inputs(self, hidden: torch.Tensor, name: str, shape: Shape) -> torch.Tensor:
+        """[n, vocabulary] float32, some columns at a time so that what is unpacked of them stays small."""
+        out = torch.empty(len(hidden), self.spec.vocabulary)
+        for begin in range(0, self.spec.vocabulary, _HEAD_COLUMNS):
+            end = min(begin + _HEAD_COLUMNS, shape.columns)
+            part = self.decoder.rows(name, 0, shape.rows, begin, end, self.dtype)
+            wanted = min(end, self.spec.vocabulary)
+            out[:, begin:wanted] = (hidden.to(self.dtype) @ part)[:, : wanted - begin].float()
         return out
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -127,7 +158,11 @@ class Prefill:
         weight = self._tensors.get(name)
         if weight is None:
             return x
-        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.spec.norm_eps).to(x.dtype)
+        width, eps = (x.shape[-1],), self.spec.norm_eps
+        if self.spec.layer_norm:
+            bias = self._tensors[f"{name}.bias"]
+            return F.layer_norm(x.float(), width, weight, bias, eps).to(x.dtype)
+        return F.rms_norm(x.float(), width, weight, eps).to(x.dtype)
 
     @staticmethod
     def _rope(
@@ -136,52 +171,41 @@ class Prefill:
         angles = positions[:, None] * torch.tensor(frequencies)  # [n, half]
         return angles.cos() * scale, angles.sin() * scale
 
-    def _project(self, name: str, x: torch.Tensor, rows: torch.Tensor | bool) -> torch.Tensor:
-        """[n, columns] of a fused matrix; each projection sees its own selection of the input."""
-        plan = self.decoder.plan
-        weights = self._weights(name)
-        segments = self.decoder.packed.layout.segments[name]
-        bias = self._tensors.get(f"{name}.bias")
-        if plan is None or rows is False:
-            out = x @ weights
-        else:
-            selected = [self._select(plan, s, x, rows) for s in segments]
-            if len(segments) == 1:
-                out = selected[0] @ weights
-            else:
-                out = torch.empty(x.shape[0], weights.shape[1], dtype=x.dtype)
-                for s, kept in zip(segments, selected, strict=True):
-                    out[:, s.begin : s.end] = kept @ weights[:, s.begin : s.end]
+    def _project(self, stage: str, x: torch.Tensor, rows: torch.Tensor | bool) -> torch.Tensor:
+        """[n, columns] of a stage; each projection sees its own selection of the input."""
+        names = self.decoder.packed.layout.matrices(stage)
+        parts = [self._product(name, x, rows) for name in names]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        bias = self._tensors.get(f"{stage}.bias")
         return out if bias is None else out + bias.to(out.dtype)
 
-    def _select(
-        self, plan: SparsityPlan, s: Segment, x: torch.Tensor, rows: torch.Tensor | bool
-    ) -> torch.Tensor:
-        rule = self._rule(plan, s)
-        if rule is None:
+    def _product(self, name: str, x: torch.Tensor, rows: torch.Tensor | bool) -> torch.Tensor:
+        """[n, columns] of one of its matrices."""
+        weights = self._weights(name)
+        segments = self.decoder.packed.layout.segments[name]
+        if self.decoder.plan is None or rows is False:
+            return x @ weights
+        selected = [self._select(s.name, x, rows) for s in segments]
+        if len(segments) == 1:
+            return selected[0] @ weights
+        out = torch.empty(x.shape[0], weights.shape[1], dtype=x.dtype)
+        for s, kept in zip(segments, selected, strict=True):
+            out[:, s.begin : s.end] = kept @ weights[:, s.begin : s.end]
+        return out
+
+    def _select(self, name: str, x: torch.Tensor, rows: torch.Tensor | bool) -> torch.Tensor:
+        rule = self.decoder.rules[name]
+        if isinstance(rule, Dense):
             return x
         kept = rule(x)
         return kept if rows is True else torch.where(rows[:, None], kept, x)  # type: ignore[index]
-
-    def _rule(self, plan: SparsityPlan, s: Segment) -> Rule | None:
-        """The projection's selection rule; None if it keeps everything."""
-        if s.name not in self._rules:
-            entry = plan.projections[s.name]
-            rule: Rule | None = None
-            if plan.rule == "threshold":
-                rule = None if entry.threshold is None else Threshold(entry.threshold)
-            elif entry.k < entry.d_in:
-                wina = plan.rule == "wina"
-                rule = ScaledTopK(entry.k, self.decoder.column_norms(s)) if wina else TopK(entry.k)
-            self._rules[s.name] = rule
-        return self._rules[s.name]
 
     def _attention(
         self, index: int, block: BlockSpec, h: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
         rows: torch.Tensor | bool, cache: int, past: int, masks: dict[int, torch.Tensor],
     ) -> torch.Tensor:  # fmt: skip
         spec, n = self.spec, len(h)
-        at = offsets(self.decoder.packed.layout.segments, index, spec)
+        at = offsets(self.decoder.packed.layout, index, spec)
         qkv = self._project(f"blocks.{index}.qkv", h, rows)
 
         def heads(kind: str, count: int) -> torch.Tensor:

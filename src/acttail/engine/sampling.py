@@ -12,6 +12,9 @@ from acttail.errors import ActTailError
 # Candidates looked at before the whole vocabulary is sorted: they hold the nucleus nearly always.
 _CANDIDATES = 1024
 
+# Below it a logit over the temperature leaves float32's range, and only the best is ever drawn.
+_COLDEST = 1e-30
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,7 +30,7 @@ class Sampling:
         presence_penalty: taken from the logits of tokens generated before (OpenAI's API).
         frequency_penalty: taken once for every time the token was generated (OpenAI's API).
         bias: (token id, number added to its logit) pairs.
-        seed: of the draws; None draws differently each time.
+        seed: of the draws; None, or -1 as other servers have it, draws differently each time.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
     """
 
@@ -67,10 +70,10 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._generator = torch.Generator()
-        if sampling.seed is not None:
-            self._generator.manual_seed(sampling.seed)
-        else:
+        if sampling.seed is None or sampling.seed == -1:
             self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
         self._seen: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
@@ -110,7 +113,7 @@ class Sampler:
         best = int(values.argmax())
         if not math.isfinite(values[best]):
             raise ActTailError("the model gave logits that are not finite; check its weights")
-        if s.temperature == 0:
+        if s.temperature < _COLDEST:
             return best
         if not s.top_k and s.top_p == 1 and s.min_p == 0:
             # Nothing is cut off, so nothing need be sorted: 0.2 ms instead of 6 for 49,152 logits.

@@ -1,35 +1,14 @@
-"""One sequence under generation: what has been fed, and the logits of what comes next."""
-
-from typing import Any, Protocol
+"""One sequence of the native engine: what has been fed, and the logits of what comes next."""
 
 import torch
 
 from acttail.engine.native import NativeDecoder
 from acttail.engine.prefill import Prefill
 from acttail.errors import ActTailError
-from acttail.models import input_device
-from acttail.prefill import PrefillPolicy
+from acttail.sparse.policy import PrefillPolicy
 
-# Shorter continuations are decoded token by token: below this a pass of matrix products costs more, and
-# the more so where weights must be unpacked for it (SmolLM2-135M at S = 0.5, one and two threads: equal at
-# 10 tokens for bf16, at 22 for int8 and int4).
-_PREFILL_TOKENS = {"fp32": 8, "bf16": 10, "int8": 22, "int4": 22}
 # Prompts go through in pieces, which bounds the attention's scores and the activations.
 _PIECE = 512
-
-
-class Sequence(Protocol):
-    """A sequence of any engine."""
-
-    length: int
-
-    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append tokens; returns the logits [vocabulary] float32 after the last one."""
-        ...
-
-    def truncate(self, length: int) -> None:
-        """Forget everything from position `length` on."""
-        ...
 
 
 class NativeSequence:
@@ -50,18 +29,16 @@ class NativeSequence:
     ) -> None:
         self._decoder, self._prefill, self._policy = decoder, prefill, policy
         self.capacity = capacity
-        self._short = _PREFILL_TOKENS[decoder.packed.layout.dtype]
+        self._short = decoder.packed.layout.prefill_tokens
         self._lib = decoder.lib
-        self._cache: Any = self._lib.acttail_cache_new(decoder.handle, capacity)
-        if not self._cache:
-            raise ActTailError(f"not enough memory for a KV cache of {capacity} tokens")
+        self._cache = decoder.new_cache(capacity)
         self._logits = torch.empty(decoder.packed.layout.spec.vocabulary)
         self.weights_read = 0
 
     def __del__(self) -> None:
-        if getattr(self, "_cache", None):
+        if getattr(self, "_cache", 0):
             self._lib.acttail_cache_free(self._cache)
-            self._cache = None
+            self._cache = 0
 
     @property
     def length(self) -> int:
@@ -90,18 +67,21 @@ class NativeSequence:
                 one is decoded.
 
         Returns:
-            [vocabulary] float32 logits after the last one; overwritten by the next call.
+            [vocabulary] float32 logits after the last one; valid until the next call.
 
         Raises:
             ActTailError: the KV cache is full or an id is out of range.
         """
-        tokens = self._checked(tokens)
+        tokens = self.check(tokens)
         with self._decoder.lock:
             if len(tokens) < self._short and self._all_sparse(len(tokens)):
-                self.weights_read = self._decoder.forward(self._cache, tokens, self._logits)
+                if len(tokens) > 1:
+                    self._decoder.forward(self._cache, tokens[:-1], None)
+                self.weights_read = self._decoder.forward(self._cache, tokens[-1:], self._logits)
                 return self._logits
-            hidden = self._prompt(tokens)[-1:]
-            return self._head(hidden)[0]
+            hidden, sparse = self._prompt(tokens)
+            last = sparse if isinstance(sparse, bool) else sparse[-1:]
+            return self._prefill.logits(hidden[-1:], last)[0]
 
     def all_logits(self, tokens: torch.Tensor, *, decode: bool = False) -> torch.Tensor:
         """As :meth:`feed`, but the logits of every token: [n, vocabulary] float32.
@@ -110,15 +90,16 @@ class NativeSequence:
             tokens: [n] int64.
             decode: token by token through the decoder's kernels even for a prompt.
         """
-        tokens = self._checked(tokens)
+        tokens = self.check(tokens)
         with self._decoder.lock:
             if decode:
                 out = torch.empty(len(tokens), self._logits.numel())
                 self.weights_read = self._decoder.forward(self._cache, tokens, out, every=True)
                 return out
-            return self._head(self._prompt(tokens))
+            return self._prefill.logits(*self._prompt(tokens))
 
-    def _checked(self, tokens: torch.Tensor) -> torch.Tensor:
+    def check(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See :meth:`acttail.engine.protocol.Sequence.check`."""
         tokens = tokens.to(torch.int64).reshape(-1).contiguous()
         if self.length + len(tokens) > self.capacity:
             raise ActTailError(
@@ -135,8 +116,8 @@ class NativeSequence:
             return True
         return bool(torch.as_tensor(self._policy.sparse_rows(1, n, self.length, None)).all())
 
-    def _prompt(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] of the last norm."""
+    def _prompt(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | bool]:
+        """[n, hidden] of the last norm, and which of the tokens are sparse: True, False or [n] bool."""
         start, total = self.length, len(tokens)
         sparse = self._policy.sparse_rows(1, total, start, None)
         pieces = []
@@ -146,48 +127,4 @@ class NativeSequence:
                 rows = sparse if isinstance(sparse, bool) else sparse[0, at : at + _PIECE]
                 pieces.append(self._prefill(piece, rows, self._cache, start + at))
                 self._lib.acttail_cache_set_length(self._cache, start + at + len(piece))
-        return torch.cat(pieces)
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, vocabulary] float32 logits."""
-        return self._prefill.logits(hidden)
-
-
-class TransformersSequence:
-    """A sequence of a transformers model, dense or sparse in place.
-
-    Args:
-        model: causal LM.
-        capacity: longest sequence.
-    """
-
-    def __init__(self, model: Any, capacity: int) -> None:
-        from transformers import DynamicCache
-
-        self._model, self.capacity = model, capacity
-        self._cache = DynamicCache(config=model.config)
-        self.weights_read = 0
-
-    @property
-    def length(self) -> int:
-        """Positions held."""
-        return int(self._cache.get_seq_length())
-
-    def truncate(self, length: int) -> None:
-        """Forget everything from position `length` on."""
-        self._cache.crop(length)
-
-    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """As :meth:`NativeSequence.feed`."""
-        if self.length + tokens.numel() > self.capacity:
-            raise ActTailError(
-                f"{self.length} + {tokens.numel()} tokens are more than the sequence's {self.capacity}"
-            )
-        device = input_device(self._model)
-        with torch.inference_mode():
-            out = self._model(
-                input_ids=tokens.reshape(1, -1).to(device), past_key_values=self._cache, use_cache=True,
-                logits_to_keep=1,
-            )  # fmt: skip
-        logits: torch.Tensor = out.logits[0, -1].float().cpu()
-        return logits
+        return torch.cat(pieces), sparse if isinstance(sparse, bool) else sparse[0]

@@ -1,93 +1,84 @@
 """Open a model on disk for the engine: its description, weights and tokenizer, no whole model in memory."""
 
-import json
+import copy
 import os
-from dataclasses import dataclass
+import shutil
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from acttail.checkpoint import (
-    GgufWeights,
-    SafetensorsWeights,
-    WeightSource,
-    meta_model,
-    open_weights,
-)
-from acttail.engine.spec import DecoderSpec, describe
-from acttail.errors import ActTailError, ModelError
-from acttail.files import write_json
-from acttail.models import (
-    ModelSource,
-    converted_folder,
-    load_config,
-    quiet_transformers,
-    reason,
-    resolve,
-)
+from acttail.base.folders import replacing_folder
+from acttail.engine.config import EngineConfig
+from acttail.engine.convert import Conversion, convert_to_folder
+from acttail.engine.describe import describe, with_own_head
+from acttail.engine.kept import read_ends, write_model_text
+from acttail.engine.layout import Layout
+from acttail.engine.light_tokenizer import FILE as LIGHT
+from acttail.engine.light_tokenizer import light_from_header, read_light
+from acttail.engine.packed_weights import SKETCHES, PackedWeights, sketches_of, write_sketches
+from acttail.engine.spec import DecoderSpec, check_rule
+from acttail.engine.store import read_description, read_folder, write_packed
+from acttail.engine.text import eos_of, turn_ends
+from acttail.errors import ActTailError, ActTailWarning, reason
+from acttail.model.gguf_file import open_gguf
+from acttail.model.hf import TOKENIZER_FILES, quiet_transformers
+from acttail.model.names import PackedSource
+from acttail.model.opened import Opened, open_model
+from acttail.model.weights import WeightSource
 from acttail.plan import SparsityPlan
+from acttail.sparse.policy import PrefillPolicy
+
+# What a conversion writes, and what an earlier one may have left.
+_OWNED = (
+    "config.json", "engine.json", "generation.json", "generation_config.json", "weights.safetensors", LIGHT, SKETCHES,
+    *TOKENIZER_FILES,
+)  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class OpenedModel:
-    """A model on disk.
+    """An opened model as the native engine sees it.
 
     Attributes:
+        opened: the model; what else is needed of it is read there.
         spec: its description.
         weights: read one matrix at a time.
-        generation_config: of transformers, or None.
         plan: that a checkpoint saved by acttail carries, else None.
-        prefill: its prefill policy.
+        prefill: its prefill policy, else None.
     """
 
+    opened: Opened
     spec: DecoderSpec
     weights: WeightSource
-    generation_config: Any
     plan: SparsityPlan | None
-    prefill: str
-    _source: ModelSource
+    prefill: PrefillPolicy | None
+
+    @property
+    def generation_config(self) -> Any:
+        """What names the ends of a sequence: a config, or None."""
+        outline = self.opened.outline
+        return self.opened.generation_config if outline is None else outline.config
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer.
+        """The model's tokenizer: built from a GGUF's header where that is known to be transformers' own.
 
         Raises:
             ModelError: it cannot be read.
         """
-        return load_tokenizer(self._source)
+        if self.opened.outline is not None and self.opened.source.gguf is not None:
+            header = open_gguf(self.opened.source.gguf)
+            light = light_from_header(header, lambda: self.opened.tokenizer)
+            if light is not None:
+                return light
+        return self.opened.tokenizer
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a model.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    from acttail.models import location
-
-    at = _nearest(source)
-    where, arguments = location(at)
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(where, **arguments)
-    except Exception as error:
-        raise ModelError(f"cannot read the tokenizer of {source.name}: {reason(error)}") from error
-
-
-def _nearest(source: ModelSource) -> ModelSource:
-    """The converted copy of a GGUF if there is one: its JSON is read a hundred times faster."""
-    if source.kind == "gguf" and source.path is not None:
-        folder = converted_folder(source.path)
-        if folder is not None and folder.exists():
-            return ModelSource(source.name, "folder", folder)
-    return source
-
-
-def open_for_engine(model: str | os.PathLike[str], *, own_blocks: bool) -> OpenedModel:
+def open_for_engine(model: str | os.PathLike[str] | Opened, *, own_blocks: bool) -> OpenedModel:
     """Open a model.
 
     Args:
-        model: Hub id, folder, GGUF file or alias.
+        model: Hub id, folder, GGUF file or alias, or what is opened already.
         own_blocks: read a GGUF itself even where a dequantised copy is in the cache, for the engine can
             take its blocks as they are.
 
@@ -95,54 +86,33 @@ def open_for_engine(model: str | os.PathLike[str], *, own_blocks: bool) -> Opene
         ModelError: no such model.
         UnsupportedModelError: the native engine does not run it.
     """
-    source = resolve(model)
-    near = _nearest(source)
-    config = load_config(near)
-    spec = describe(meta_model(config))
-    weights: WeightSource
-    if source.kind == "gguf" and own_blocks:
-        weights = GgufWeights(source)
-    elif near is not source and near.path is not None:
-        weights = SafetensorsWeights(near, near.path)
-    else:
-        weights = open_weights(source)
-    carried = getattr(config, "quantization_config", None) or {}
-    carried = carried if isinstance(carried, dict) else vars(carried)
-    plan = None
+    opened = open_model(model)
+    # Of most GGUF files the header says it all, and transformers is not imported.
+    skeleton = opened.skeleton if opened.outline is None else opened.outline
+    spec = describe(skeleton)
+    plan, prefill = None, None
+    carried = opened.quantization if opened.outline is None else {}
     if carried.get("quant_method") == "acttail":
         plan = SparsityPlan.from_dict(carried["plan"])
-    return OpenedModel(
-        spec, weights, _generation_config(near), plan, carried.get("prefill", "all"), source
-    )
-
-
-def _generation_config(source: ModelSource) -> Any:
-    from transformers import GenerationConfig
-
-    from acttail.models import location
-
-    if source.kind == "gguf":
-        return None
-    where, arguments = location(source)
-    try:
-        with quiet_transformers():
-            return GenerationConfig.from_pretrained(where, **arguments)
-    except Exception:  # many checkpoints have none
-        return None
+        prefill = PrefillPolicy.parse(str(carried.get("prefill", "all")))
+    weights = opened.stored if own_blocks else opened.weights
+    spec = with_own_head(spec, skeleton, weights)
+    return OpenedModel(opened, spec, weights, plan, prefill)
 
 
 def convert_model(
-    model: str | os.PathLike[str], output: str | os.PathLike[str], *, dtype: str, plan: Any = None,
+    model: str | os.PathLike[str] | Opened, output: str | os.PathLike[str], *, dtype: str | None = None, plan: Any = None,
     head_dtype: str | None = None, group: int | None = None, progress: Any = None,
 ) -> Path:  # fmt: skip
-    """Write an .acttail folder: packed weights, description, plan and tokenizer.
+    """Write an .acttail folder: packed weights, description, plan, prefill policy and tokenizer.
 
     Memory stays at one matrix and its packed copy, however large the model is.
 
     Args:
-        model: Hub id, folder, GGUF file or alias.
+        model: Hub id, folder, GGUF file, alias or .acttail folder, or what is opened already.
         output: the folder.
-        dtype: ``fp32``, ``bf16``, ``int8`` or ``int4``.
+        dtype: ``auto`` (the default: as wide as a GGUF has each matrix, else ``bf16``), ``fp32``, ``bf16``, ``int8``
+            or ``int4``.
         plan: kept inside; decides the order of fused projections.
         head_dtype: of embedding and output head.
         group: inputs that share a scale.
@@ -153,27 +123,90 @@ def convert_model(
 
     Raises:
         ModelError: no such model.
-        UnsupportedModelError: the native engine does not run it.
+        UnsupportedModelError: the native engine does not run it, or not the plan's rule.
         PlanError: the plan was made for another model.
-        ActTailError: the folder cannot be written.
+        ActTailError: the folder cannot be written, or an .acttail folder is to be packed another way.
     """
-    from acttail.engine import eos_of
-    from acttail.engine.convert import Conversion, convert_to_folder
-
-    opened = open_for_engine(model, own_blocks=dtype in ("int8", "int4"))
+    config = EngineConfig(dtype, head_dtype, group=group)
+    check_rule(plan)
+    found = open_model(model)
+    if isinstance(found.source, PackedSource):
+        return _packed_again(found.source, Path(output), config, plan, progress)
+    opened = open_for_engine(found, own_blocks=config.own_blocks)
     plan = plan or opened.plan
+    check_rule(plan)
     if plan is not None:
         plan.check(opened.weights)
-    conversion = Conversion(
-        opened.spec, opened.weights, dtype, plan=plan, head_dtype=head_dtype, group=group
-    )
+    conversion = Conversion(opened.spec, opened.weights, config, plan=plan)
+    rounded = conversion.rounded()
+    if rounded is not None:
+        warnings.warn(rounded, ActTailWarning, stacklevel=2)
     tokenizer = opened.tokenizer()
-    folder = Path(output)
-    convert_to_folder(conversion, folder, progress)
-    tokenizer.save_pretrained(folder)
-    eos = sorted(eos_of(opened.generation_config, tokenizer))
-    write_json(folder / "generation.json", {"eos_token_id": eos})
-    return folder
+    eos = eos_of(opened.generation_config, tokenizer)
+    with replacing_folder(output, _OWNED) as folder:
+        convert_to_folder(conversion, folder, PrefillPolicy.choose(opened.prefill), progress)
+        write_model_text(folder, tokenizer, eos)
+        _write_configs(folder, found)
+        write_sketches(folder, sketches_of(conversion.weights))
+    return Path(output)
+
+
+def _write_configs(folder: Path, model: Opened) -> None:
+    """Write what transformers needs to run the same weights, dequantised."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):  # the plan is beside
+        del config.quantization_config
+    with quiet_transformers():
+        config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+
+
+def _packed_again(
+    source: PackedSource, output: Path, config: EngineConfig, plan: SparsityPlan | None, progress: Any
+) -> Path:  # fmt: skip
+    """The same weights with another plan inside.
+
+    Raises:
+        ActTailError: they are packed another way than asked for.
+        PlanError: the plan was made for another model.
+    """
+    weights = PackedWeights(source.name, source.path)
+    config.check_folder(source, weights.layout.dtype, weights.layout.head_dtype)
+    weights.check(plan)
+    packed = read_folder(source.path)
+    if plan is not None:
+        packed = replace(packed, plan=plan)
+    with replacing_folder(output, _OWNED) as folder:
+        write_packed(folder, packed)
+        for name in _OWNED:
+            for file in source.path.glob(name):
+                if not (folder / file.name).exists():
+                    shutil.copyfile(file, folder / file.name)
+    if progress is not None:
+        progress(1, 1)
+    return output
+
+
+def layout_for(model: str | os.PathLike[str] | Opened, config: EngineConfig) -> Layout:
+    """How a model is or would be packed; nothing is.
+
+    Args:
+        model: as for :func:`open_for_engine`, or an .acttail folder.
+        config: formats and group.
+
+    Raises:
+        ModelError: no such model.
+        UnsupportedModelError: the native engine does not run it.
+        ActTailError: an .acttail folder is packed another way.
+    """
+    found = open_model(model)
+    if isinstance(found.source, PackedSource):
+        layout = read_description(found.source.path).layout
+        config.check_folder(found.source, layout.dtype, layout.head_dtype)
+        return layout
+    opened = open_for_engine(found, own_blocks=config.own_blocks)
+    return Conversion(opened.spec, opened.weights, config).layout
 
 
 def folder_tokenizer(folder: Path) -> tuple[Any, frozenset[int]]:
@@ -184,12 +217,21 @@ def folder_tokenizer(folder: Path) -> tuple[Any, frozenset[int]]:
     """
     if not (folder / "tokenizer_config.json").exists():
         return None, frozenset()
-    from transformers import AutoTokenizer
-
+    ends = read_ends(folder)
     try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        eos = json.loads((folder / "generation.json").read_text())["eos_token_id"]
+        light = read_light(folder)
+        tokenizer = light or _whole_tokenizer(folder)
+    except ActTailError:
+        raise
     except Exception as error:
         raise ActTailError(f"cannot read the tokenizer in {folder}: {reason(error)}") from error
-    return tokenizer, frozenset(map(int, eos))
+    # Folders with a light tokenizer are of after the ends of turns were kept.
+    turns = turn_ends(tokenizer) if light is None else frozenset()
+    return tokenizer, ends | turns
+
+
+def _whole_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

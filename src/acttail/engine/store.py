@@ -3,93 +3,30 @@
 import json
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Len
 
-from acttail.engine.layout import Shape
-from acttail.engine.spec import DecoderSpec
+from acttail.base.files import replacing, write_json
+from acttail.base.schema import STRICT, Count, Name, SchemaError, checked, parse, read_json
+from acttail.engine.description import read_layout
+from acttail.engine.layout import Layout, Sizes
 from acttail.errors import ActTailError
-from acttail.files import replacing, write_json
 from acttail.plan import SparsityPlan
+from acttail.sparse.policy import PrefillPolicy
 
-VERSION = 1
 _SAFETENSORS = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 _TORCH = {name: dtype for dtype, name in _SAFETENSORS.items()}
 # Rows start on cache lines; the arena itself on a huge page.
 _ALIGN = 64
 _READ_BYTES = 32 << 20
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One projection's columns in a fused matrix.
-
-    Attributes:
-        name: the projection's.
-        kind: its kind.
-        begin: first column.
-        end: one past its last, padded to blocks.
-        d_out: outputs, without the padding.
-    """
-
-    name: str
-    kind: str
-    begin: int
-    end: int
-    d_out: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a packed model consists of, without the bytes.
-
-    Attributes:
-        spec: the decoder.
-        dtype: of the projections.
-        head_dtype: of the embedding and the output head.
-        source: name of the model it was made from.
-        shapes: matrix name -> its shape; ``blocks.3.qkv``, ``embedding``, ``head``.
-        segments: fused matrix name -> its projections, in the order of their columns.
-    """
-
-    spec: DecoderSpec
-    dtype: str
-    head_dtype: str
-    source: str
-    shapes: dict[str, Shape]
-    segments: dict[str, tuple[Segment, ...]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return asdict(self) | {"version": VERSION}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Layout":
-        """Read what :meth:`to_dict` made.
-
-        Raises:
-            ActTailError: another version, or not such data.
-        """
-        if data.get("version") != VERSION:
-            raise ActTailError(
-                f"engine weights of version {data.get('version')!r} are not known to this acttail "
-                f"(it reads version {VERSION}); convert the model again"
-            )
-        try:
-            return cls(
-                DecoderSpec.from_dict(data["spec"]), data["dtype"], data["head_dtype"], data["source"],
-                {name: Shape(**shape) for name, shape in data["shapes"].items()},
-                {name: tuple(Segment(**s) for s in found) for name, found in data["segments"].items()},
-            )  # fmt: skip
-        except (KeyError, TypeError) as error:
-            raise ActTailError(
-                f"the engine's description is damaged ({error}); convert again"
-            ) from error
+# safetensors' own bound.
+_HEADER_BYTES = 100 << 20
 
 
 @dataclass
@@ -100,12 +37,14 @@ class Packed:
         layout: what it consists of.
         tensors: name -> tensor, all in one arena.
         plan: the plan it was converted with, if any.
+        policy: the prefill policy it was converted with.
     """
 
     layout: Layout
     tensors: dict[str, torch.Tensor]
     plan: SparsityPlan | None = None
     arena: Any = field(default=None, repr=False)
+    policy: PrefillPolicy = field(default_factory=PrefillPolicy)
 
     @property
     def bytes(self) -> int:
@@ -115,9 +54,6 @@ class Packed:
     def matrix(self, name: str) -> dict[str, torch.Tensor]:
         """Suffix -> tensor of one packed matrix."""
         return {s: self.tensors[f"{name}.{s}"] for s in self.layout.shapes[name].tensors()}
-
-
-Sizes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def _bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -168,6 +104,7 @@ def write_folder(
     sizes: Sizes,
     produce: Callable[[], Iterator[tuple[str, torch.Tensor]]],
     plan: SparsityPlan | None,
+    policy: PrefillPolicy,
 ) -> None:
     """Write an .acttail folder, one tensor in memory at a time.
 
@@ -177,6 +114,7 @@ def write_folder(
         sizes: name -> (dtype, shape) of every tensor, in the order of the file.
         produce: yields (name, tensor) in that order.
         plan: kept beside the weights.
+        policy: which tokens of a prompt are sparse; kept too.
 
     Raises:
         ActTailError: the folder cannot be written.
@@ -207,12 +145,64 @@ def write_folder(
             if name != expected or (tensor.dtype, tuple(tensor.shape)) != sizes[name]:
                 raise ActTailError(f"the conversion produced {name} where {expected} was due")
             file.write(_view(tensor.contiguous().reshape(-1).view(torch.uint8)))
-    write_json(description, layout.to_dict() | {"plan": plan.to_dict() if plan else None})
+    carried = {"plan": plan.to_dict() if plan else None, "prefill": str(policy)}
+    write_json(description, layout.to_dict() | carried)
 
 
-def is_folder(path: Path) -> bool:
-    """Whether this is an .acttail folder."""
-    return (path / "engine.json").is_file() and (path / "weights.safetensors").is_file()
+def write_packed(folder: Path, packed: Packed) -> None:
+    """Write a packed model that is in memory as an .acttail folder.
+
+    Args:
+        folder: made if absent.
+        packed: the model.
+
+    Raises:
+        ActTailError: the folder cannot be written.
+    """
+    sizes = {name: (t.dtype, tuple(t.shape)) for name, t in packed.tensors.items()}
+    write_folder(
+        folder,
+        packed.layout,
+        sizes,
+        lambda: iter(packed.tensors.items()),
+        packed.plan,
+        packed.policy,
+    )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an .acttail folder says of itself.
+
+    Attributes:
+        layout: of its weights.
+        plan: kept beside them, None for none.
+        policy: the prefill policy kept beside them.
+    """
+
+    layout: Layout
+    plan: SparsityPlan | None
+    policy: PrefillPolicy
+
+
+def read_description(folder: Path) -> Description:
+    """Read what a folder holds beside its weights.
+
+    Raises:
+        ActTailError: not such a folder, damaged, or of another version.
+    """
+    try:
+        data = read_json(folder / "engine.json", "an engine's description")
+        if not isinstance(data, dict):
+            raise ActTailError("engine.json is not an object")  # noqa: TRY301
+        saved = data.pop("plan", None)
+        # Folders of before the policy was kept have none.
+        policy = PrefillPolicy.parse(str(data.pop("prefill", "all")))
+        layout = read_layout(data)
+        plan = SparsityPlan.from_dict(saved) if saved is not None else None
+    except ActTailError as error:
+        raise ActTailError(f"cannot read {folder}: {error}") from error
+    return Description(layout, plan, policy)
 
 
 def read_folder(folder: Path) -> Packed:
@@ -221,33 +211,27 @@ def read_folder(folder: Path) -> Packed:
     Raises:
         ActTailError: not such a folder, damaged, or truncated.
     """
+    described = read_description(folder)
     try:
-        data = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
         path = folder / "weights.safetensors"
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100 << 20)))
-    except (OSError, ValueError, struct.error) as error:
-        raise ActTailError(f"cannot read {folder}: {error}; convert the model again") from error
-    if not isinstance(data, dict):
-        raise ActTailError(f"cannot read {folder}: engine.json is not an object")
-    saved = data.pop("plan", None)
-    layout = Layout.from_dict(data)
-    header.pop("__metadata__", None)
-    start = 8 + length
-    sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name, entry in header.items():
-        sizes[name] = _TORCH[entry["dtype"]], tuple(entry["shape"])
-        first, last = entry["data_offsets"]
-        if last - first != _bytes_of(*sizes[name]) or start + last > size:
-            raise ActTailError(f"{path} is truncated at {name}; convert the model again")
-    tensors, arena = allocate(sizes)
+        start, places = _places(path)
+    except (ActTailError, OSError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ActTailError(f"cannot read {folder}: {why}") from error
+    layout = described.layout
+    biased = {stage for stage in layout.stages if f"{stage}.bias" in places}
+    sizes = layout.sizes(biased)
+    _check_places(path, sizes, places)
+    try:
+        tensors, arena = allocate(sizes)
+    except (OSError, OverflowError, ValueError) as error:
+        total = sum(_bytes_of(*size) for size in sizes.values())
+        raise ActTailError(f"no memory for the {total / 1e9:,.1f} GB of {folder}") from error
     pieces = []
-    for name, entry in header.items():
+    for name, first in places.items():
         target = tensors[name].view(torch.uint8).reshape(-1)
         for at in range(0, target.numel(), _READ_BYTES):
-            pieces.append((start + entry["data_offsets"][0] + at, target[at : at + _READ_BYTES]))
+            pieces.append((start + first[0] + at, target[at : at + _READ_BYTES]))
 
     def read(piece: tuple[int, torch.Tensor]) -> None:
         with path.open("rb", buffering=0) as file:
@@ -261,5 +245,69 @@ def read_folder(folder: Path) -> Packed:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read, pieces))
-    plan = SparsityPlan.from_dict(saved) if saved else None
-    return Packed(layout, tensors, plan, arena)
+    return Packed(described.layout, tensors, described.plan, arena, described.policy)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor in the header of a safetensors file; the annotations are its schema."""
+
+    __pydantic_config__ = STRICT
+
+    dtype: Literal["U8", "F16", "F32"]
+    shape: Annotated[tuple[Count, ...], Len(1, 2)]
+    data_offsets: tuple[Count, Count]
+
+
+Places = dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]]
+
+
+def _places(path: Path) -> tuple[int, Places]:
+    """Where the data of a safetensors file begins, and tensor -> (first byte, one past its last, dtype, shape).
+
+    Raises:
+        ActTailError: it is no such file, or its tensors overlap, leave gaps or reach beyond its end.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > min(size - 8, _HEADER_BYTES):
+            raise ActTailError(
+                f"{path.name} is truncated or no safetensors; convert the model again"
+            )
+        try:
+            header = parse(file.read(length))
+            if isinstance(header, dict):
+                header.pop("__metadata__", None)
+            entries = checked(dict[Name, _Entry], header)
+        except SchemaError as error:
+            raise ActTailError(
+                f"{path.name} is no safetensors: {error}; convert the model again"
+            ) from None
+    found: Places = {
+        name: (*e.data_offsets, _TORCH[e.dtype], e.shape) for name, e in entries.items()
+    }
+    at = 0
+    for name, (first, last, dtype, shape) in sorted(found.items(), key=lambda item: item[1][:2]):
+        if first != at or last - first != _bytes_of(dtype, shape):
+            raise ActTailError(f"{path.name} is damaged at {name}; convert the model again")
+        if 8 + length + last > size:
+            raise ActTailError(f"{path.name} is truncated at {name}; convert the model again")
+        at = last
+    return 8 + length, found
+
+
+def _check_places(path: Path, sizes: Sizes, places: Places) -> None:
+    """What is there is what the description says, no more and no less."""
+    missing = next((name for name in sizes if name not in places), None)
+    strange = next((name for name in places if name not in sizes), None)
+    if missing or strange:
+        what = f"lacks {missing}" if missing else f"holds {strange}, which nothing reads"
+        raise ActTailError(f"{path} {what}; convert the model again")
+    for name, (dtype, shape) in sizes.items():
+        if places[name][2:] != (dtype, shape):
+            raise ActTailError(
+                f"{name} in {path} has shape {list(places[name][3])} of {places[name][2]}, not {list(shape)} of "
+                f"{dtype}; convert the model again"
+            )

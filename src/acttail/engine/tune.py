@@ -10,21 +10,26 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from acttail.backends import cpu
-from acttail.engine.layout import Shape
-from acttail.engine.native import library, matrix_struct
-from acttail.engine.store import Layout, allocate
+from acttail.base.files import cache_dir, write_json
+from acttail.base.machine import processor_name
+from acttail.base.progress import Progress
+from acttail.engine.layout import Layout
+from acttail.engine.native import library
+from acttail.engine.shapes import Shape
+from acttail.engine.store import allocate
+from acttail.engine.transcode import matrix_struct
 from acttail.errors import ActTailError
-from acttail.files import cache_dir, write_json
-from acttail.machine import processor_name
 from acttail.plan import SparsityPlan
+from acttail.sparse.backends import cpu
+from acttail.sparse.backends.abi import Matrix
 
 VERSION = 1
 _DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -33,8 +38,6 @@ _MARGIN = 1.02
 # Copies of a matrix are spread over more memory than the caches hold.
 _SPREAD_BYTES = 64 << 20
 _ROUNDS = 5
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,24 @@ def _key(shape: Shape) -> str:
 
 def table() -> dict[str, float]:
     """What has been measured on this machine: key of a shape -> density of the crossover."""
-    with suppress(OSError, ValueError):
+    return {key: float(entry["density"]) for key, entry in _entries().items()}
+
+
+def _entries() -> dict[str, dict[str, Any]]:
+    """What the file holds. It is a cache: none is no table, and what is damaged is measured again."""
+    try:
         found = json.loads(_file().read_text(encoding="utf-8"))
-        return {str(k): float(v["density"]) for k, v in found.items()}
-    return {}
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in found.items() if _whole(v)} if isinstance(found, dict) else {}
 
 
-def spread(shape: Shape, size: int) -> tuple[list[cpu.Matrix], object]:
+def _whole(entry: Any) -> bool:
+    density = entry.get("density") if isinstance(entry, dict) else None
+    return isinstance(density, int | float) and 0 < density <= 1
+
+
+def spread(shape: Shape, size: int) -> tuple[list[Matrix], object]:
     """Copies of a matrix of ones that fill memory, so that no cache holds what a kernel reads next.
 
     Args:
@@ -150,9 +164,7 @@ def tune(shapes: Iterable[Shape], progress: Progress | None = None) -> list[Cros
         done.append(measure(shape))
         if progress is not None:
             progress(i, len(wanted))
-    found: dict[str, object] = {}
-    with suppress(OSError, ValueError):
-        found = json.loads(_file().read_text(encoding="utf-8"))
+    found = _entries()
     for c in done:
         ratios = {str(d): round(r, 4) for d, r in c.ratios.items()}
         found[_key(c.shape)] = {"density": c.density, "sparse_over_dense": ratios}

@@ -7,29 +7,32 @@ from typing import Any
 
 import torch
 
+from acttail.base.dtypes import short_name
+from acttail.base.progress import Progress
 from acttail.engine import Engine, NativeEngine
-from acttail.engine.source import open_for_engine
+from acttail.engine.config import EngineConfig
 from acttail.errors import ActTailError
+from acttail.evaluate.request import PlanRequest, requested
 from acttail.evaluate.speed import (
     Contestant,
     EagerContestant,
     EngineContestant,
-    Progress,
     Speed,
     bandwidth,
     bytes_per_token,
     check_rounds,
     measure,
 )
-from acttail.models import load, resolve
+from acttail.model.opened import Opened, open_model
 from acttail.plan import SparsityPlan
 
-_TORCH = {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}
+# Instead of a peer's file: the model's own, as it is.
+OWN = "own"
 
 
 def run_bench(
-    model: str | os.PathLike[str], *, plan: SparsityPlan | str | None = None, sparsity: float | None = None,
-    dtype: str = "bf16", threads: int | None = None, prompt_tokens: Sequence[int] = (128,),
+    model: str | os.PathLike[str] | Opened, *, plan: SparsityPlan | PlanRequest | str | None = None,
+    dtype: str | None = None, threads: int | None = None, prompt_tokens: Sequence[int] = (128,),
     new_tokens: int = 128, rounds: int = 7, against: Sequence[str] = (), gguf: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -37,15 +40,14 @@ def run_bench(
 
     Args:
         model: Hub id, folder, GGUF file or alias.
-        plan: a plan or its file.
-        sparsity: without a plan, the same sparsity everywhere; 0.5 by default.
-        dtype: of the engine's weights.
+        plan: a plan, its file, or a request for one; by default half of every input.
+        dtype: of the engine's weights; by default the widths of a GGUF file or an .acttail folder, else ``bf16``.
         threads: that decode, in every contestant; all of torch's by default.
         prompt_tokens: lengths of the prompt; ratios are of the first.
         new_tokens: decoded per run.
         rounds: runs of each contestant.
         against: ``hf`` and ``llama.cpp``.
-        gguf: llama.cpp's file.
+        gguf: llama.cpp's file as it is; ``own`` is the model's own.
         progress: called with (runs done, runs).
 
     Returns:
@@ -58,37 +60,26 @@ def run_bench(
     """
     for n in prompt_tokens:
         check_rounds(rounds, new_tokens, n)
-    from acttail.allocate import make_plan
-
+    config = EngineConfig(dtype, threads=threads)
+    check_peer_file(gguf)
+    opened = open_model(model)
     count = threads or torch.get_num_threads()
-    if isinstance(plan, str):
-        plan = SparsityPlan.load(plan)
-    if plan is None:
-        wanted = 0.5 if sparsity is None else sparsity
-        weights = open_for_engine(model, own_blocks=False).weights
-        plan = make_plan(weights, wanted, allocator="uniform")
+    if "llama.cpp" in against:
+        check_llama_cpp(opened, gguf)
+    made = plan_for(opened, plan)
     longest = max(prompt_tokens) + new_tokens + 2
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        sparse = Engine.from_pretrained(model, plan, dtype=dtype, threads=count)
+        sparse = Engine.from_pretrained(opened, made, dtype=config.dtype, threads=count)
         contestants: dict[str, Contestant] = {"sparse": EngineContestant(sparse)}
         if isinstance(sparse, NativeEngine):
-            dense = NativeEngine(
-                sparse.packed,
-                None,
-                sparse.tokenizer,
-                count,
-                "all",
-                sparse.decoder.kv_dtype,
-                frozenset(),
-            )
-            contestants["dense"] = EngineContestant(dense)
+            contestants["dense"] = EngineContestant(sparse.with_plan(None, prefill="all"))
         if "hf" in against:
-            lm, _ = load(model, dtype=_TORCH[dtype])
+            lm, _ = opened.load(dtype=config.weights.transformers)
             contestants["hf"] = EagerContestant(lm)
         if "llama.cpp" in against:
-            contestants["llama.cpp"] = _llama_cpp(model, gguf, dtype, count, longest)
+            contestants["llama.cpp"] = _llama_cpp(opened, gguf, config, count, longest)
         speeds = [
             measure(
                 contestants,
@@ -108,36 +99,67 @@ def run_bench(
         traffic = {n: bytes_per_token(c.engine, middle) for n, c in contestants.items()
                    if isinstance(c, EngineContestant) and isinstance(c.engine, NativeEngine)}  # fmt: skip
     return _row(
-        sparse, plan, dtype, count, speeds, list(prompt_tokens), new_tokens, rounds, traffic, reads
+        sparse, made, count, speeds, list(prompt_tokens), new_tokens, rounds, traffic, reads
     )
+
+
+def plan_for(model: Opened, plan: SparsityPlan | PlanRequest | str | None) -> SparsityPlan:
+    """The plan of a benchmark: one, that of a file, of a request, or half of every input."""
+    if isinstance(plan, str):
+        return SparsityPlan.load(plan)
+    if isinstance(plan, SparsityPlan):
+        return plan
+    return requested(model, plan or PlanRequest(0.5, allocator="uniform")).plan
+
+
+def check_peer_file(gguf: str | None) -> None:
+    """Refuse a peer's file that is named and not there.
+
+    Raises:
+        ActTailError: names it.
+    """
+    if gguf not in (None, OWN) and not Path(str(gguf)).is_file():
+        raise ActTailError(f"no such file: {gguf}")
+
+
+def check_llama_cpp(model: Opened, gguf: str | None) -> None:
+    """Refuse a contest that llama.cpp cannot enter.
+
+    Raises:
+        ActTailError: its package is missing, the file is not there, or the model is no GGUF.
+    """
+    from acttail.evaluate.llama_cpp import require
+
+    require()
+    check_peer_file(gguf)
+    if gguf in (None, OWN) and model.source.gguf is None:
+        raise ActTailError("llama.cpp needs a GGUF of this model: give --peer-file FILE")
 
 
 def _prompt(engine: Engine, n: int) -> torch.Tensor:
     """Token ids that no special token is among; the same for every contestant."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = (
-        engine.packed.layout.spec.vocabulary
-        if isinstance(engine, NativeEngine)
-        else engine.model.get_input_embeddings().num_embeddings  # type: ignore[attr-defined]
-    )
+    vocabulary = engine.vocabulary
     return torch.randint(vocabulary // 10, vocabulary, (n,), generator=generator)
 
 
 def _llama_cpp(
-    model: str | os.PathLike[str], gguf: str | None, dtype: str, threads: int, context: int
+    opened: Opened, gguf: str | None, config: EngineConfig, threads: int, context: int
 ) -> Contestant:
     from acttail.evaluate.llama_cpp import LlamaCppContestant, requantised
 
-    if gguf is not None:
-        return LlamaCppContestant(gguf, threads, context)
-    source = resolve(model)
-    if source.kind != "gguf" or source.path is None:
-        raise ActTailError("llama.cpp needs a GGUF of this model: give --gguf FILE")
-    return LlamaCppContestant(requantised(Path(source.path), dtype), threads, context)
+    if gguf not in (None, OWN):
+        return LlamaCppContestant(str(gguf), threads, context)
+    own = opened.source.gguf
+    if own is None:
+        raise ActTailError("llama.cpp needs a GGUF of this model: give --peer-file FILE")
+    as_it_is = gguf == OWN or config.own_widths
+    path = own if as_it_is else requantised(own, config.weights.name)
+    return LlamaCppContestant(path, threads, context)
 
 
 def _row(
-    engine: Engine, plan: SparsityPlan, dtype: str, threads: int, speeds: list[Speed],
+    engine: Engine, plan: SparsityPlan, threads: int, speeds: list[Speed],
     prompts: list[int], new_tokens: int, rounds: int, traffic: dict[str, float], reads: float,
 ) -> dict[str, Any]:  # fmt: skip
     first = speeds[0]
@@ -145,7 +167,7 @@ def _row(
     rest = [n for n in others if n != "dense"] if "dense" in first.decode else []
     per_second = {n: first.median(n) for n in first.decode}
     return {
-        "model": engine.source, "engine": engine.name, "dtype": dtype, "threads": threads,
+        "model": engine.source, "engine": engine.name, "dtype": short_name(engine.dtype), "threads": threads,
         "sparsity": plan.sparsity, "realised_sparsity": plan.realised_sparsity, "allocator": plan.allocator,
         "rule": plan.rule, "prompt_tokens": prompts[0], "new_tokens": new_tokens, "rounds": rounds,
         "tokens_per_second": per_second,

@@ -1,19 +1,21 @@
 """Dense and several allocators at several sparsities, on the same windows of the same text."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from acttail.allocate import AllocationContext, make_plan
-from acttail.checkpoint import LoadedWeights
-from acttail.evaluate.perplexity import DenseLogits, PerplexityResult, clustered_mean, perplexity
+from acttail.allocate import AllocationContext, Needs, get, make_plan, needs_text
+from acttail.allocate.sensitivity import curves_for
+from acttail.base.progress import Progress
+from acttail.calibrate.text import Text
+from acttail.evaluate.dense_logits import DenseLogits
+from acttail.evaluate.perplexity import PerplexityResult, perplexity
 from acttail.evaluate.record import record
-from acttail.sparsify import densify_, sparsify_
-from acttail.text import Text
-
-Progress = Callable[[int, int], None]
+from acttail.maths.losses import clustered_mean
+from acttail.model.weights import LoadedWeights
+from acttail.sparse.apply import densify_, sparsify_
 
 
 def compare(
@@ -53,6 +55,12 @@ def compare(
         ``nll_difference_to_uniform`` with its paired standard error.
     """
     densify_(model)
+    context = AllocationContext(LoadedWeights(model), calibration=calibration)
+    for name, arguments in allocators.items():
+        row = get(name)
+        if row.needs is Needs.CURVES and not needs_text(name, arguments, "topk"):
+            # A file of another model's curves is found out now, not after the dense model.
+            curves_for(context, row.arguments(arguments))
     dense_logits = DenseLogits()
     cells = 1 + len(sparsities) * len(allocators)
     done = 0
@@ -72,11 +80,13 @@ def compare(
         return result
 
     rows = [record(model, run()) | _against(None, None)]
-    context = AllocationContext(LoadedWeights(model), calibration=calibration)
     for sparsity in sparsities:
         results = []
         for name, arguments in allocators.items():
-            plan = make_plan(model, sparsity, allocator=name, arguments=arguments, context=context)
+            # One budget for all, the head dense: with it in, equal S would not be equal bytes.
+            plan = make_plan(
+                model, sparsity, allocator=name, arguments=arguments, context=context, head=False
+            )
             sparsify_(model, plan, prefill=prefill, check_contents=False)
             try:
                 result = run()

@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from acttail.budget import kept_entries
-from acttail.calibrate import probing
-from acttail.checkpoint import LoadedWeights
+from acttail.base.progress import Progress
+from acttail.calibrate.probe import probing
+from acttail.calibrate.text import Text
 from acttail.errors import ActTailError
 from acttail.evaluate.perplexity import perplexity
-from acttail.ops import topk_mask
-from acttail.projections import Projection
-from acttail.rules import TopP
-from acttail.text import Text
+from acttail.model.projections import Projection
+from acttail.model.weights import LoadedWeights
+from acttail.sparse.rules import RULES as KINDS
+from acttail.sparse.rules import Rule
 
 VECTORS = ("input", "gate", "up", "intermediate")
-RULES = ("topk", "top-p")
+# Those that one number makes, without a plan.
+RULES = {name: kind.at_level for name, kind in KINDS.items() if kind.at_level is not None}
 _HIGHEST = 0.99
 
 
@@ -60,21 +61,15 @@ class Critical:
 class _Dropper:
     """Applies a rule at one level and counts what it drops."""
 
-    def __init__(self, rule: str, level: float) -> None:
-        self.rule, self.level = rule, level
+    def __init__(self, at_level: Callable[[float, int], Rule], level: float) -> None:
+        self.at_level, self.level = at_level, level
         self.dropped = self.seen = 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.rule == "topk":
-            k = kept_entries(self.level, x.shape[-1])
-            kept, y = x.numel() // x.shape[-1] * k, topk_mask(x, k)
-        else:
-            rule = TopP(max(1 - self.level, 1e-6))
-            y = rule(x)
-            kept = int(rule.kept(x).sum())
-        self.dropped += x.numel() - kept
+        rule = self.at_level(self.level, x.shape[-1])
+        self.dropped += x.numel() - int(rule.kept(x).sum())
         self.seen += x.numel()
-        return y
+        return rule(x)
 
 
 def _ffn_parts(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | None]]:
@@ -133,6 +128,18 @@ def _half_hook(dropper: _Dropper) -> Callable[..., torch.Tensor]:
     return hook
 
 
+def check_request(keep: float, rule: str) -> None:
+    """Refuse what makes no sense.
+
+    Raises:
+        ActTailError: `keep` is no share, or there is no such rule.
+    """
+    if not 0 < keep <= 1:
+        raise ActTailError(f"--keep is the share of the dense score to keep, in (0, 1], got {keep}")
+    if rule not in RULES:
+        raise ActTailError(f"unknown rule {rule!r}: use {' or '.join(RULES)}")
+
+
 def critical(
     model: Any,
     tokenizer: Any,
@@ -144,7 +151,7 @@ def critical(
     window: int = 1024,
     tolerance: float = 0.01,
     parts: Sequence[tuple[str, str | None]] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Critical]:
     """Find the critical sparsity of the model and its parts.
 
@@ -170,10 +177,9 @@ def critical(
         ActTailError: `keep` or `rule` make no sense, or the model has no such part.
         TextError: the text is too short.
     """
-    if not 0 < keep <= 1:
-        raise ActTailError(f"--keep is the share of the dense score to keep, in (0, 1], got {keep}")
-    if rule not in RULES:
-        raise ActTailError(f"unknown rule {rule!r}: use {' or '.join(RULES)}")
+    check_request(keep, rule)
+
+    by_share = KINDS[rule].needs == "p"
 
     def score() -> float:
         result = perplexity(model, tokenizer, text, tokens=tokens, window=window)
@@ -188,17 +194,18 @@ def critical(
     found = []
     for done, (kind, vector) in enumerate(parts, 1):
         low, high = 0.0, _HIGHEST
-        best = Critical(kind, vector, 0.0, dense, dense, rule, 1.0 if rule == "top-p" else None)
+        share = 1.0 if by_share else None
+        best = Critical(kind, vector, 0.0, dense, dense, rule, share)
         while high - low > tolerance:
             level = 0.5 * (low + high)
-            dropper = _Dropper(rule, level)
+            dropper = _Dropper(RULES[rule], level)
             with _dropping(model, kind, vector, dropper):
                 reached = score()
             if reached >= keep * dense:
                 low = level
                 realised = dropper.dropped / max(dropper.seen, 1)
-                p = 1 - level if rule == "top-p" else None
-                best = Critical(kind, vector, round(realised, 4), reached, dense, rule, p)
+                share = 1 - level if by_share else None
+                best = Critical(kind, vector, round(realised, 4), reached, dense, rule, share)
             else:
                 high = level
         found.append(best)

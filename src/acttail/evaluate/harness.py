@@ -20,9 +20,9 @@ def register() -> type:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ActTailError("lm-eval needs the extra: pip install 'acttail[tasks]'") from error
-    from acttail.models import load
+    from acttail.model.load import load
     from acttail.plan import SparsityPlan
-    from acttail.sparsify import sparsify_
+    from acttail.sparse.apply import sparsify_
 
     class ActtailLM(HFLM):  # type: ignore[misc]
         """transformers' model under a plan."""
@@ -30,7 +30,8 @@ def register() -> type:
         def __init__(
             self, pretrained: str, plan: str | None = None, prefill: str = "all", dtype: str = "auto", **rest: Any
         ) -> None:  # fmt: skip
-            trust = bool(rest.pop("trust_remote_code", False))
+            # lm-eval hands on what it cannot read as text: "false" must not be true.
+            trust = str(rest.pop("trust_remote_code", False)).lower() in ("true", "1")
             model, tokenizer = load(pretrained, dtype=dtype, trust_remote_code=trust)
             if plan is not None:
                 sparsify_(model, SparsityPlan.load(plan), prefill=prefill)

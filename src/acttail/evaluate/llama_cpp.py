@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 
+from acttail.base.files import cache_dir, cannot_write, replacing
+from acttail.engine.formats import weight_format
 from acttail.errors import ActTailError
-from acttail.files import cache_dir, replacing
-
-# Engine dtype -> llama.cpp's file type of the same width.
-TYPES = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "int8": "MOSTLY_Q8_0", "int4": "MOSTLY_Q4_0"}
 
 
-def _require() -> Any:
+def require() -> Any:
+    """The package llama_cpp.
+
+    Raises:
+        ActTailError: it is not installed.
+    """
     try:
         import llama_cpp
     except ImportError as error:
@@ -31,25 +34,35 @@ def _require() -> Any:
 
 
 def requantised(gguf: Path, dtype: str) -> Path:
-    """The model in the file type of this width, made once and kept in the cache.
+    """The model in the file type of this width; see :func:`quantised`."""
+    return quantised(gguf, weight_format(dtype).llama_cpp)
+
+
+def quantised(gguf: Path, kind: str) -> Path:
+    """The model in one of llama.cpp's file types, made by its own quantiser once and kept in the cache.
 
     Args:
         gguf: the model's GGUF, of any width.
-        dtype: the engine's dtype.
+        kind: as llama.h names it after ``LLAMA_FTYPE_``, say ``MOSTLY_Q4_K_M``.
 
     Raises:
-        ActTailError: llama.cpp cannot make it.
+        ActTailError: llama.cpp does not know the type or cannot make it.
     """
-    lib = _require()
-    name = TYPES[dtype]
+    lib = require()
+    number = getattr(lib, f"LLAMA_FTYPE_{kind}", None)
+    if number is None:
+        raise ActTailError(f"llama.cpp {lib.__version__} has no file type {kind}")
     stamp = f"{gguf.resolve()} {gguf.stat().st_size} {gguf.stat().st_mtime_ns} {lib.__version__}"
     key = hashlib.sha256(stamp.encode()).hexdigest()[:24]
-    target = cache_dir() / "llama.cpp" / f"{key}-{name}.gguf"
+    target = cache_dir() / "llama.cpp" / f"{key}-{kind}.gguf"
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(target, error.strerror or str(error)) from error
     params = lib.llama_model_quantize_default_params()
-    params.ftype = getattr(lib, f"LLAMA_FTYPE_{name}")
+    params.ftype = number
     params.allow_requantize = True
     _silence(lib)
     with replacing(target) as temporary:
@@ -57,7 +70,7 @@ def requantised(gguf: Path, dtype: str) -> Path:
             str(gguf).encode(), str(temporary).encode(), ctypes.byref(params)
         )
         if code:
-            raise ActTailError(f"llama.cpp cannot turn {gguf.name} into {name} (status {code})")
+            raise ActTailError(f"llama.cpp cannot turn {gguf.name} into {kind} (status {code})")
     return target
 
 
@@ -81,7 +94,7 @@ class LlamaCppContestant:
     """
 
     def __init__(self, gguf: str | os.PathLike[str], threads: int, context: int) -> None:
-        self._lib = lib = _require()
+        self._lib = lib = require()
         _silence(lib)
         lib.llama_backend_init()
         params = lib.llama_model_default_params()

@@ -7,21 +7,31 @@ from collections.abc import Sequence
 
 import torch
 
-from acttail.budget import model_sparsity
+from acttail.base.progress import Progress
+from acttail.calibrate.text import Text, bos_of, read_text, tokenize, windows
 from acttail.engine import NativeEngine
+from acttail.engine.accounting import read_share
 from acttail.errors import ActTailError, TextError
-from acttail.evaluate.perplexity import (
-    METRICS,
-    DenseLogits,
-    PerplexityResult,
-    Progress,
-    clustered_mean,
-    divergence,
-    scored_mask,
-    token_losses,
-)
-from acttail.sparsify import RealisedSparsity
-from acttail.text import Text, bos_of, read_text, tokenize, windows
+from acttail.evaluate.dense_logits import DenseLogits
+from acttail.evaluate.perplexity import PerplexityResult, check_metrics, scored_mask
+from acttail.maths.budget import model_sparsity
+from acttail.maths.losses import clustered_mean, divergence, token_losses
+from acttail.sparse.counting import RealisedSparsity
+from acttail.sparse.policy import PrefillPolicy
+from acttail.sparse.rules import kind_of
+
+
+def check_policy(policy: PrefillPolicy) -> None:
+    """Refuse a prefill policy that the native engine is not scored under.
+
+    Raises:
+        ActTailError: names it.
+    """
+    if policy.name not in ("all", "decode_only"):
+        raise ActTailError(
+            f"the native engine is scored under the policies all and decode_only, not {policy}; "
+            "use --engine transformers"
+        )
 
 
 def native_perplexity(
@@ -41,7 +51,7 @@ def native_perplexity(
 
     Args:
         engine: with a tokenizer; its prefill policy is ``all`` or ``decode_only``.
-        text: a name for :func:`acttail.text.read_text`, or a Text.
+        text: a name for :func:`acttail.calibrate.text.read_text`, or a Text.
         window: tokens per window.
         tokens: how many tokens of the text to use.
         stride: tokens between the starts of windows.
@@ -56,16 +66,10 @@ def native_perplexity(
         TextError: see :func:`acttail.perplexity`.
         ActTailError: no tokenizer, another policy, or an unknown metric.
     """
-    unknown = sorted(set(metrics) - set(METRICS))
-    if unknown:
-        raise ActTailError(f"unknown metric {unknown[0]!r}: use {', '.join(METRICS)}")
+    check_metrics(metrics)
+    check_policy(engine.policy)
     if engine.tokenizer is None:
         raise ActTailError("the engine has no tokenizer, so it cannot read a text")
-    if engine.policy.name not in ("all", "decode_only"):
-        raise ActTailError(
-            f"the native engine is scored under the policies all and decode_only, not {engine.policy}; "
-            "use --engine transformers"
-        )
     if window > engine.context:
         raise TextError(
             f"a window of {window} tokens is longer than the context of {engine.context}"
@@ -78,7 +82,7 @@ def native_perplexity(
     if int(batches.max()) >= spec.vocabulary:
         raise TextError(f"the tokenizer gives ids beyond the model's {spec.vocabulary}")
     compared = bool({"kl", "top1"} & set(metrics)) and engine.plan is not None
-    dense = _without_plan(engine) if compared else None
+    dense = engine.with_plan(None, prefill="all") if compared else None
     held = dense_logits or DenseLogits(limit=0)
     step = stride or window - (bos is not None)
     losses = torch.full((len(batches), window - 1), float("nan"))
@@ -112,13 +116,6 @@ def native_perplexity(
     )  # fmt: skip
 
 
-def _without_plan(engine: NativeEngine) -> NativeEngine:
-    return NativeEngine(
-        engine.packed, None, engine.tokenizer, engine.threads, "all", engine.decoder.kv_dtype,
-        frozenset(),
-    )  # fmt: skip
-
-
 def _logits(engine: NativeEngine, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
     """[n - 1, vocabulary] logits of one window, and how many weights decoding read."""
     sequence = engine.new_sequence(len(ids))
@@ -135,18 +132,12 @@ def _dense(engine: NativeEngine, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _realised(engine: NativeEngine, read: float) -> RealisedSparsity | None:
-    """Realised sparsity; of thresholds only the model's is known, from the weights that were read.
-
-    Rows are padded to blocks, so the dense count is the padded one.
-    """
+    """Realised sparsity; where k varies only the model's is known, from the weights that were read."""
     if engine.plan is None:
         return None
     entries = engine.plan.projections
     by_name = {n: e.realised_sparsity for n, e in entries.items()}
-    if engine.plan.rule != "threshold":
+    if kind_of(engine.plan).fixed_k:
         costs = [e.cost for e in entries.values()]
         return RealisedSparsity(by_name, model_sparsity(list(by_name.values()), costs))
-    layout = engine.packed.layout
-    full = sum(layout.shapes[n].rows * layout.shapes[n].columns for n in layout.segments)
-    head = layout.spec.vocabulary * layout.spec.hidden
-    return RealisedSparsity(by_name, 1 - (read - head) / full)
+    return RealisedSparsity(by_name, 1 - read_share(engine.packed.layout, read))

@@ -3,24 +3,22 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
+from acttail.base.progress import Progress
+from acttail.calibrate.text import Text, bos_of, read_text, tokenize, windows
 from acttail.errors import ActTailError, TextError
-from acttail.models import input_device
-from acttail.prefill import PrefillPolicy
-from acttail.sparsify import RealisedSparsity, SparseState, counting, sparse_state
-from acttail.text import Text, bos_of, read_text, tokenize, windows
-
-Progress = Callable[[int, int], None]
-# Logits are turned into losses this many positions at a time: 128 rows of a 256k vocabulary in
-# float32 take 131 MB.
-_ROWS = 128
+from acttail.evaluate.dense_logits import DenseLogits
+from acttail.maths.losses import clustered_mean, divergence, token_losses
+from acttail.model.weights import input_device
+from acttail.sparse.counting import RealisedSparsity, counting
+from acttail.sparse.policy import PrefillPolicy
+from acttail.sparse.state import SparseState, entry_hook, sparse_state
 
 
 @dataclass(frozen=True)
@@ -77,87 +75,15 @@ class PerplexityResult:
 METRICS = ("perplexity", "kl", "top1")
 
 
-class DenseLogits:
-    """The dense model's logits per window, so that the next plan of a comparison need not run it again.
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuse a metric that there is not.
 
-    Valid for one model, text and protocol. What does not fit is computed again each time.
-
-    Attributes:
-        limit: bytes it may hold.
+    Raises:
+        ActTailError: names it.
     """
-
-    def __init__(self, limit: int = 4 << 30) -> None:
-        self.limit = limit
-        self._held: dict[int, torch.Tensor] = {}
-        self._bytes = 0
-
-    def get(self, window: int, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The logits [T, vocabulary] of a window, from memory or by running the dense model."""
-        if window in self._held:
-            return self._held[window]
-        logits = run()
-        size = logits.numel() * logits.element_size()
-        if self._bytes + size <= self.limit:
-            self._held[window] = logits
-            self._bytes += size
-        return logits
-
-
-def divergence(dense: torch.Tensor, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(dense || sparse) and whether both rank the same token first, per position.
-
-    Args:
-        dense: [T, vocabulary] logits.
-        sparse: [T, vocabulary] logits.
-
-    Returns:
-        ([T] float32 nats, [T] float32 of 0 and 1).
-    """
-    kl, same = [], []
-    for i in range(0, dense.shape[0], _ROWS):
-        p = torch.log_softmax(dense[i : i + _ROWS].float(), dim=-1)
-        q = torch.log_softmax(sparse[i : i + _ROWS].float(), dim=-1)
-        kl.append((p.exp() * (p - q)).sum(-1))
-        same.append((p.argmax(-1) == q.argmax(-1)).float())
-    return torch.cat(kl), torch.cat(same)
-
-
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each target, in float32, a few rows at a time.
-
-    Args:
-        logits: [T, vocabulary].
-        targets: [T] int64.
-
-    Returns:
-        [T] float32, nats.
-    """
-    parts = [
-        F.cross_entropy(logits[i : i + _ROWS].float(), targets[i : i + _ROWS], reduction="none")
-        for i in range(0, targets.numel(), _ROWS)
-    ]
-    return torch.cat(parts)
-
-
-def clustered_mean(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float | None]:
-    """Mean over scored positions, and its standard error with each window as one cluster.
-
-    Neighbouring tokens are correlated, windows hardly: the ratio estimator's variance over windows
-    (Cochran 1977, eq. 6.13).
-
-    Args:
-        values: [windows, T].
-        mask: [windows, T] bool, True where scored.
-    """
-    v = torch.where(mask, values, 0).double().sum(1)
-    n = mask.double().sum(1)
-    mean = float(v.sum() / n.sum())
-    count = values.shape[0]
-    if count < 2:
-        return mean, None
-    residual = v - mean * n
-    variance = float(residual.square().sum()) / (count - 1) * count
-    return mean, math.sqrt(variance) / float(n.sum())
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown:
+        raise ActTailError(f"unknown metric {unknown[0]!r}: use {', '.join(METRICS)}")
 
 
 def scored_mask(
@@ -196,7 +122,7 @@ def perplexity(
     Args:
         model: causal LM of transformers, in eval mode.
         tokenizer: its tokenizer.
-        text: a name for :func:`acttail.text.read_text`, or a Text.
+        text: a name for :func:`acttail.calibrate.text.read_text`, or a Text.
         window: tokens per window.
         tokens: how many tokens of the text to use, from its start; None for all.
         stride: tokens between the starts of windows; None for no overlap.
@@ -213,9 +139,7 @@ def perplexity(
         TextError: text not found, empty, or shorter than one window.
         ActTailError: unknown prefill policy or metric.
     """
-    unknown = sorted(set(metrics) - set(METRICS))
-    if unknown:
-        raise ActTailError(f"unknown metric {unknown[0]!r}: use {', '.join(METRICS)}")
+    check_metrics(metrics)
     compared = bool({"kl", "top1"} & set(metrics))
     started = time.perf_counter()
     text = read_text(text) if isinstance(text, str) else text
@@ -256,7 +180,7 @@ def perplexity(
             losses[i] = token_losses(logits, ids[0, 1:]).cpu()
             if compared and state is not None:
                 dense = held.get(i, functools.partial(_dense_logits, model, state, ids))
-                kl[i], same[i] = (v.cpu() for v in divergence(dense, logits))
+                kl[i], same[i] = (v.cpu() for v in divergence(dense.to(logits.device), logits))
                 del dense
             del logits
             if progress is not None:
@@ -302,6 +226,5 @@ def _rows_of(policy: PrefillPolicy, window: int) -> torch.Tensor | bool:
 
 
 def _restore_hook(model: Any, state: Any) -> None:
-    from acttail.sparsify import entry_hook
 
-    state.handle = entry_hook(state, model)
+    state.handle = entry_hook(model)

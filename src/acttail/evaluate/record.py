@@ -2,25 +2,27 @@
 
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from acttail.checkpoint import LoadedWeights
+from acttail.base.files import check_ending, replacing
 from acttail.engine import NativeEngine
-from acttail.errors import ActTailError
+from acttail.engine.accounting import loaded_bytes, packed_bytes
 from acttail.evaluate.perplexity import PerplexityResult
-from acttail.evaluate.speed import head_bytes
-from acttail.evaluate.traffic import token_bytes
-from acttail.files import replacing
+from acttail.model.weights import LoadedWeights
 from acttail.plan import created_with
-from acttail.sparsify import sparse_state
+from acttail.sparse.rules import kind_of
+from acttail.sparse.state import sparse_state
 
 _FIELDS = (
     "perplexity", "perplexity_stderr", "nll", "nll_stderr", "kl", "kl_stderr", "top1", "top1_stderr",
     "tokens", "scored", "windows", "window", "stride", "bos", "dtype", "prefill", "text",
 )  # fmt: skip
+
+
+# What :func:`save_token_nll` writes.
+NLL_ENDINGS = (".npy", ".safetensors")
 
 
 def identity(model: Any) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def record(model: Any, result: PerplexityResult) -> dict[str, Any]:
         "realised_sparsity": realised.model if realised else 0.0,
         **{k: getattr(result, k) for k in _FIELDS},
         "seconds": round(result.seconds, 3),
-        "bytes_per_token": asdict(token_bytes(model, state.plan if state else None)),
+        "bytes_per_token": asdict(loaded_bytes(model, state.plan if state else None)),
         "projections": realised.projections if realised else {},
     }
 
@@ -71,11 +73,11 @@ def native_record(engine: NativeEngine, result: PerplexityResult) -> dict[str, A
         result: of :func:`acttail.evaluate.native.native_perplexity`.
     """
     plan = engine.plan
-    layout = engine.packed.layout
-    head = head_bytes(layout)
-    projections = sum(layout.shapes[n].rows * layout.shapes[n].row_bytes for n in layout.segments)
     realised = result.realised
-    kept = 1 - realised.model if realised else 1.0
+    # Where k varies, what was realised was counted as weights read; else the plan says it.
+    counted = plan is not None and realised is not None and not kind_of(plan).fixed_k
+    share = 1 - realised.model if counted and realised else None
+    read = packed_bytes(engine.packed, plan, dense_kernel=engine.decoder.dense_kernel, share=share)
     return {
         "model": engine.source, "engine": engine.name, "revision": None,
         "allocator": plan.allocator if plan else None, "rule": plan.rule if plan else None,
@@ -84,10 +86,7 @@ def native_record(engine: NativeEngine, result: PerplexityResult) -> dict[str, A
         "realised_sparsity": realised.model if realised else 0.0,
         **{k: getattr(result, k) for k in _FIELDS},
         "seconds": round(result.seconds, 3),
-        "bytes_per_token": {
-            "dense": projections + head, "sparse": round(projections * kept) + head,
-            "projections": projections, "lm_head": head, "other": 0,
-        },
+        "bytes_per_token": asdict(read),
         "projections": realised.projections if realised else {},
     }  # fmt: skip
 
@@ -104,9 +103,7 @@ def save_token_nll(path: str | os.PathLike[str], result: PerplexityResult) -> No
     """
     from safetensors.torch import save_file
 
-    suffix = Path(path).suffix
-    if suffix not in (".npy", ".safetensors"):
-        raise ActTailError(f"losses are saved as .npy or .safetensors, not as {path}")
+    suffix = check_ending(path, NLL_ENDINGS, "a table of losses")
     with replacing(path) as temporary:
         if suffix == ".npy":
             with temporary.open("wb") as file:

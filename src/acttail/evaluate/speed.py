@@ -6,19 +6,19 @@ machine, so the ratio is what is reported, with its spread over rounds.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from acttail.base.progress import Progress
 from acttail.engine import Engine, NativeEngine, Sampling
-from acttail.engine.layout import BITS
+from acttail.engine.accounting import kv_bytes, packed_bytes, read_share
+from acttail.engine.formats import kv_format
 from acttail.engine.native import library
 from acttail.engine.store import allocate
 from acttail.errors import ActTailError
-
-Progress = Callable[[int, int], None]
 
 
 class Contestant(Protocol):
@@ -175,28 +175,12 @@ def bytes_per_token(engine: NativeEngine, context: int) -> float:
     prompt = torch.randint(0, spec.vocabulary, (max(1, context),), generator=generator)
     sequence.feed(prompt)
     sequence.feed(prompt[-1:])
-    read = sequence.weights_read
-    head = spec.vocabulary * spec.hidden
-    projections = (read - head) * BITS[layout.dtype] / 8
-    for name in layout.segments:
-        shape = layout.shapes[name]
-        scale = shape.scale_shape
-        if scale is not None:
-            projections += 2 * scale[0] * scale[1] * (2 if shape.asymmetric else 1)
-    kv_bytes = {"fp32": 4, "bf16": 2, "int8": 1}[engine.decoder.kv_dtype]
-    kv = 2 * len(spec.blocks) * spec.kv_heads * spec.head_dim * kv_bytes * context
-    return float(projections + head_bytes(layout) + kv)
-
-
-def head_bytes(layout: Any) -> int:
-    """Bytes of the output head, its scales included; a token reads it whole.
-
-    Args:
-        layout: of a packed model.
-    """
-    shape = layout.shapes["head" if "head" in layout.shapes else "embedding"]
-    scale = shape.scale_shape
-    return int(shape.rows * shape.row_bytes + (2 * scale[0] * scale[1] if scale else 0))
+    share = read_share(layout, sequence.weights_read)
+    read = packed_bytes(
+        engine.packed, engine.plan, dense_kernel=engine.decoder.dense_kernel, share=share
+    )
+    kv = kv_bytes(spec, kv_format(engine.decoder.kv_dtype), context)
+    return float(read.sparse + kv)
 
 
 def check_rounds(rounds: int, new_tokens: int, prompt_tokens: int) -> None:

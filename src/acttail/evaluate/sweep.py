@@ -8,16 +8,23 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from acttail.distribute import runner
+from acttail.base.distribute import runner
+from acttail.base.dtypes import torch_name
+from acttail.base.files import check_ending, check_folder, finite, replacing, write_json
+from acttail.base.progress import Progress
+from acttail.calibrate.calibration import Calibration
 from acttail.errors import ActTailError, BudgetError
-from acttail.files import finite, replacing, write_json
+from acttail.evaluate.perplexity import perplexity
+from acttail.model.load import load
+from acttail.model.weights import LoadedWeights
+from acttail.sparse.apply import densify_, sparsify_
 
-Progress = Callable[[int, int], None]
 # Columns that are objects go into the table as JSON text; the per-projection values stay in the cells.
 _LEFT_OUT = ("projections",)
 
@@ -58,6 +65,10 @@ class SweepSpec:
     dtype: str = "bfloat16"
     metrics: tuple[str, ...] = ("perplexity", "kl", "top1")
 
+    def __post_init__(self) -> None:
+        # Either spelling finds the cells that are done.
+        object.__setattr__(self, "dtype", torch_name(self.dtype))
+
 
 def cells(
     sparsities: Sequence[float],
@@ -83,11 +94,8 @@ _loaded: dict[str, Any] = {}
 
 def _context(spec: SweepSpec) -> tuple[Any, Any, Any, Any]:
     from acttail.allocate import AllocationContext
-    from acttail.calibrate import Calibration
-    from acttail.checkpoint import LoadedWeights
-    from acttail.models import load
-    from acttail.selftext import sample_text
-    from acttail.text import read_text
+    from acttail.calibrate.selftext import sample_text
+    from acttail.calibrate.text import read_text
 
     key = json.dumps(asdict(spec), sort_keys=True)
     if key not in _loaded:
@@ -119,9 +127,7 @@ def run_cell(spec: SweepSpec, cell: Cell, threads: int | None = None) -> dict[st
     import torch
 
     from acttail.allocate import make_plan
-    from acttail.evaluate.perplexity import perplexity
     from acttail.evaluate.record import identity, record
-    from acttail.sparsify import densify_, sparsify_
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -133,6 +139,7 @@ def run_cell(spec: SweepSpec, cell: Cell, threads: int | None = None) -> dict[st
             plan = make_plan(
                 model, cell.sparsity, allocator=cell.allocator, arguments=cell.arguments,
                 rule=None if cell.rule == "default" else cell.rule, context=context,
+                head=False,  # one budget for all cells: equal S is equal bytes
             )  # fmt: skip
         except BudgetError as error:
             # Not every rule reaches every sparsity: the cell is there, empty, and says why.
@@ -150,6 +157,19 @@ def run_cell(spec: SweepSpec, cell: Cell, threads: int | None = None) -> dict[st
         return record(model, result) | {"plan_seconds": round(planned, 3)}
     finally:
         densify_(model)
+
+
+def check_table(path: str | os.PathLike[str]) -> None:
+    """Make sure that a sweep's table can be written here.
+
+    Raises:
+        ActTailError: another ending than .csv or .parquet, a missing package, or no such folder.
+    """
+    suffix = check_ending(path, (".csv", ".parquet"), "a sweep")
+    # Its folder is made.
+    check_folder(Path(path).parent)
+    if suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ActTailError("Parquet needs pyarrow (pip install pyarrow); or write a .csv")
 
 
 def sweep(
@@ -177,9 +197,8 @@ def sweep(
     Raises:
         ActTailError: unknown ending of `output`, a missing package, or a bad cell; names it.
     """
+    check_table(output)
     target = Path(output)
-    if target.suffix not in (".csv", ".parquet"):
-        raise ActTailError(f"a sweep is written as .csv or .parquet, not as {output}")
     folder = target.with_name(f"{target.name}.cells")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,11 +239,7 @@ def _write_table(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 writer.writeheader()
                 writer.writerows(flat)
             return
-        try:
-            import pyarrow as pa
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ActTailError(
-                "Parquet needs pyarrow (pip install pyarrow); or write a .csv"
-            ) from error
+        import pyarrow as pa
+        from pyarrow import parquet
+
         parquet.write_table(pa.Table.from_pylist(flat), temporary)

@@ -37,6 +37,13 @@ class TaskResult:
     metrics: dict[str, tuple[float, float | None]]
     items: list[float]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data: ``metrics`` (value and stderr of each), ``n`` and ``items``."""
+        return {
+            "metrics": {m: {"value": v, "stderr": e} for m, (v, e) in self.metrics.items()},
+            "n": len(self.items), "items": self.items,
+        }  # fmt: skip
+
 
 def _require() -> Any:
     try:
@@ -105,8 +112,6 @@ def _offline(tasks: Sequence[str], folder: Path) -> Iterator[Any]:
     import yaml
     from lm_eval.tasks import TaskManager
 
-    if not folder.is_dir():
-        raise ActTailError(f"no such folder of task data: {folder}")
     with TemporaryDirectory() as definitions:
         for task in tasks:
             form, split, files = find_data(folder.resolve(), task)
@@ -118,6 +123,26 @@ def _offline(tasks: Sequence[str], folder: Path) -> Iterator[Any]:
             override |= _adapted(task, form, files)
             (Path(definitions) / f"{task}.yaml").write_text(yaml.safe_dump(override))
         yield TaskManager(include_path=definitions, include_defaults=False)
+
+
+def check_tasks(tasks: Sequence[str], data: str | os.PathLike[str] | None) -> None:
+    """Refuse tasks that could not be scored, before a model is loaded.
+
+    Args:
+        tasks: lm-eval's names.
+        data: folder with the tasks' data; None for the Hub, which is not asked.
+
+    Raises:
+        ActTailError: lm-eval is not installed, a task is unknown, or its data are not there.
+    """
+    _require()
+    folder = None if data is None else Path(data)
+    if folder is not None and not folder.is_dir():
+        raise ActTailError(f"no such folder of task data: {folder}")
+    for task in tasks:
+        if folder is not None:
+            find_data(folder.resolve(), task)
+        _definition(task)
 
 
 def evaluate_tasks(
@@ -147,7 +172,7 @@ def evaluate_tasks(
     Raises:
         ActTailError: lm-eval is not installed, a task is unknown, or its data are not there.
     """
-    _require()
+    check_tasks(tasks, data)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -172,7 +197,7 @@ def evaluate_tasks(
     except ActTailError:
         raise
     except Exception as error:
-        from acttail.models import reason
+        from acttail.errors import reason
 
         raise ActTailError(f"lm-eval failed on {', '.join(tasks)}: {reason(error)}") from error
     return [_result(task, found["samples"][task]) for task in tasks]

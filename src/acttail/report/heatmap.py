@@ -94,7 +94,7 @@ def svg(found: Grid, *, title: str, digits: int = 3) -> str:
         if column % every == 0:
             x = _LABEL + width * (column + 0.5)
             out.append(
-                f'<text class="tick" x="{x:.1f}" y="{_TOP - 7}" text-anchor="middle">{block}</text>'
+                f'<text class="tick" x="{x:.1f}" y="{_TOP - 7}" text-anchor="middle">{escape(str(block))}</text>'
             )
     for row, kind in enumerate(found.kinds):
         y = _TOP + height * row
@@ -106,10 +106,12 @@ def svg(found: Grid, *, title: str, digits: int = 3) -> str:
             if value is None:
                 continue
             x = _LABEL + width * column
+            cell = f"{escape(str(block))}/{escape(kind)}"
+            told = f"block {escape(str(block))}, {escape(kind)}: {value:.{digits}f}"
             out.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
-                f'fill="{colour((value - low) / span)}" data-cell="{block}/{escape(kind)}">'
-                f"<title>block {block}, {escape(kind)}: {value:.{digits}f}</title></rect>"
+                f'fill="{colour((value - low) / span)}" data-cell="{cell}">'
+                f"<title>{told}</title></rect>"
             )
     steps, bar = 40, 180.0
     for step in range(steps):

@@ -1,5 +1,7 @@
 """The page: what is known of a model's sparsity, section by section; a section without data is left out."""
 
+import base64
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -13,9 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from acttail._version import __version__
-from acttail.curves import SensitivityCurves
-from acttail.files import finite
-from acttail.plan import SparsityPlan
+from acttail.base.files import finite
+from acttail.calibrate.curves import SensitivityCurves
+from acttail.plan import DEFAULT_RULE, SparsityPlan
 from acttail.report.charts import Point, bar_chart, line_chart
 from acttail.report.density import esd_chart
 from acttail.report.heatmap import Grid, grid, svg
@@ -24,6 +26,7 @@ Rows = Sequence[Mapping[str, Any]]
 # Projections whose spectrum or curve the page carries at most; evenly picked beyond it.
 MOST_PICKED = 4000
 _CURVE_DIGITS = 4
+_FOLDER = Path(__file__).parent
 
 
 @dataclass
@@ -65,17 +68,31 @@ def render(report: Report) -> str:
         projection is lost.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     picked = _picked(report)
     data = json.dumps(finite(picked), separators=(",", ":"), allow_nan=False)
+    script, style = (
+        (_FOLDER / name).read_text(encoding="utf-8") for name in ("report.js", "report.css")
+    )
     return environment.get_template("report.html.j2").render(
         report=report, version=__version__, plans=[_plan(n, p) for n, p in report.plans],
         alpha=_alpha(report.fits), results=_results(report.rows), tasks=_tasks(report.rows),
         speed=[_speed(r) for r in report.speed], curves=_curves(report), protocol=_protocol(report),
         first=_first(report, picked), data=Markup(data.replace("<", "\\u003c")), picked=picked,  # noqa: S704
+        script=_ours(script), style=_ours(style), script_hash=_hash(script), style_hash=_hash(style),
     )  # fmt: skip
+
+
+def _ours(text: str) -> Markup:
+    """A script or style of this package, as it is."""
+    return Markup(text)  # noqa: S704
+
+
+def _hash(text: str) -> Markup:
+    """What a content security policy calls an inline script or style by: no other one runs."""
+    return _ours(f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}")
 
 
 def _safe(svg_text: str) -> Markup:
@@ -112,7 +129,7 @@ def _alpha(fits: Rows) -> list[dict[str, Any]]:
 def _name_of(row: Mapping[str, Any]) -> str:
     name = row.get("allocator") or "dense"
     rule = row.get("rule")
-    return f"{name} ({rule})" if rule not in (None, "topk") else str(name)
+    return f"{name} ({rule})" if rule not in (None, DEFAULT_RULE) else str(name)
 
 
 def _results(rows: Rows) -> dict[str, Any] | None:
@@ -126,23 +143,25 @@ def _results(rows: Rows) -> dict[str, Any] | None:
         (
             "perplexity",
             "perplexity (log scale)",
-            ("dense", dense["perplexity"]) if dense and dense["perplexity"] else None,
+            ("dense", dense["perplexity"]) if dense and dense["perplexity"] is not None else None,
         ),
         ("kl", "KL to the dense model, nats per token (log scale)", None),
     ):
         series: dict[str, list[Point]] = defaultdict(list)
         for row in scored:
             value = row.get(key)
-            if row.get("allocator") and value is not None and math.isfinite(value) and value > 0:
-                series[_name_of(row)].append(
-                    (row["realised_sparsity"], value, row.get(f"{key}_stderr"))
-                )
+            realised = row.get("realised_sparsity")
+            if row.get("allocator") and value is not None and realised is not None and value > 0:
+                series[_name_of(row)].append((realised, value, row.get(f"{key}_stderr")))
         if series:
             title = f"{label.split(' (')[0].capitalize()} against realised sparsity, one line per allocator"
             charts.append(
                 _safe(line_chart(series, title=title, x_label="realised sparsity", y_label=label, reference=reference))
             )  # fmt: skip
-    return {"charts": charts, "rows": [dict(r) | {"label": _name_of(r)} for r in scored]}
+    shown = [
+        {"sparsity": 0.0, "realised_sparsity": None, **r, "label": _name_of(r)} for r in scored
+    ]
+    return {"charts": charts, "rows": shown}
 
 
 def _tasks(rows: Rows) -> dict[str, Any] | None:
@@ -174,10 +193,11 @@ def _tasks(rows: Rows) -> dict[str, Any] | None:
     return {"names": names, "table": table, "chart": chart}
 
 
-def _main_metric(metrics: Mapping[str, Any]) -> tuple[float, float | None]:
+def _main_metric(task: Mapping[str, Any]) -> tuple[float, float | None]:
     """Length-normalised accuracy where the task has it, else accuracy, else the first metric."""
+    metrics = task["metrics"]
     key = next((k for k in ("acc_norm", "acc") if k in metrics), next(iter(metrics)))
-    value, error = metrics[key]
+    value, error = metrics[key]["value"], metrics[key]["stderr"]
     return float(value), None if error is None else float(error)
 
 

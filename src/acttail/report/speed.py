@@ -1,11 +1,22 @@
 """A bar chart of one benchmark of decoding."""
 
 import os
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
+from acttail.base.files import check_ending, replacing
 from acttail.errors import ActTailError
-from acttail.files import replacing
+
+
+def check_plot(path: str | os.PathLike[str]) -> str:
+    """The ending of a plot that is to be drawn.
+
+    Raises:
+        ActTailError: another than .svg or .png, or no matplotlib.
+    """
+    if find_spec("matplotlib") is None:
+        raise ActTailError("plots need the extra: pip install 'acttail[plot]'")
+    return check_ending(path, (".svg", ".png"), "a plot")
 
 
 def draw(row: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -18,13 +29,9 @@ def draw(row: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         ActTailError: another ending, no matplotlib, or the file cannot be written.
     """
-    suffix = Path(path).suffix
-    if suffix not in (".svg", ".png"):
-        raise ActTailError(f"a plot is written as .svg or .png, not as {path}")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ActTailError("plots need the extra: pip install 'acttail[plot]'") from error
+    suffix = check_plot(path)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -10,13 +10,17 @@ from acttail.engine.generation import Piece
 from acttail.errors import ActTailError
 from acttail.serve.errors import ApiError
 from acttail.serve.metrics import Metrics
-from acttail.serve.scheduler import Job, Scheduler
+from acttail.serve.scheduler import Job, Outcome, Scheduler
 
 _LOG = logging.getLogger("acttail.serve")
 # How often a request that waits looks whether its client is still there.
 _LOOK_SECONDS = 0.5
-# Generations one request may ask for (prompts x n).
-MAX_CHOICES = 64
+
+
+def _closing() -> ApiError:
+    return ApiError(
+        503, "the server is shutting down; try again", "server_error", code="shutting_down", retry_after=5
+    )  # fmt: skip
 
 
 class Call:
@@ -33,16 +37,14 @@ class Call:
     ) -> None:
         self._scheduler, self._metrics, self._gone = scheduler, metrics, gone
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Piece | Outcome]] = asyncio.Queue()
         self.jobs: list[Job] = []
 
     def add(self, **fields: Any) -> None:
         """Add a generation; fields as of :class:`Job`."""
         index = len(self.jobs)
-        if index >= MAX_CHOICES:
-            raise ApiError(400, f"prompts times n is more than {MAX_CHOICES}", param="n")
 
-        def emit(event: Any) -> None:
+        def emit(event: Piece | Outcome) -> None:
             with suppress(RuntimeError):  # the loop has ended: nobody listens any more
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
@@ -60,6 +62,8 @@ class Call:
                 429, f"this client has {limit} requests waiting or running; wait for one to end",
                 "rate_limit_error", code="rate_limit_exceeded", retry_after=1,
             )  # fmt: skip
+        if self._scheduler.closing:
+            raise _closing()
         if not self._scheduler.submit(self.jobs):
             raise ApiError(
                 503, "the queue is full; try again", "server_error", code="overloaded", retry_after=5
@@ -92,12 +96,14 @@ class Call:
         finally:
             self.cancel()
 
-    def _finish(self, job: Job, outcome: str) -> None:
+    def _finish(self, job: Job, outcome: Outcome) -> None:
         if outcome == "expired":
             raise ApiError(
                 503, f"no slot became free in {self._scheduler.wait_seconds:g} s; try again", "server_error",
                 code="overloaded", retry_after=5,
             )  # fmt: skip
+        if outcome == "closed":
+            raise _closing()
         if outcome == "failed":
             if isinstance(job.error, ActTailError):
                 raise ApiError(400, str(job.error))

@@ -1,5 +1,6 @@
 """Errors as OpenAI's API words them."""
 
+import json
 from typing import Any
 
 
@@ -30,6 +31,16 @@ class ApiError(Exception):
                 "message": self.message, "type": self.kind, "param": self.param, "code": self.code,
             }
         }  # fmt: skip
+
+    def whole(self, *, closes: bool) -> tuple[bytes, dict[str, str]]:
+        """Body and headers, where no application answers.
+
+        Args:
+            closes: whether the connection ends with it.
+        """
+        body = json.dumps(self.body()).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        return body, headers | self.headers() | ({"Connection": "close"} if closes else {})
 
     def headers(self) -> dict[str, str]:
         """Further headers of the response."""

@@ -4,11 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from acttail.engine.protocol import TokenEngine
 from acttail.serve.wording import realised
 
 if TYPE_CHECKING:
     from acttail.serve.scheduler import Job, Scheduler
 
+_MODELS = "/v1/models/"
+_PATHS = frozenset(
+    ("/", "/about", "/health", "/metrics", "/tokenize", "/detokenize", "/v1/models", "/v1/completions",
+     "/v1/chat/completions")
+)  # fmt: skip
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
@@ -19,13 +25,16 @@ class Metrics:
         engine: that it was started with.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: TokenEngine) -> None:
         self.registry = CollectorRegistry()
 
         def named(kind: Any, name: str, help_: str, *labels: str, **more: Any) -> Any:
             return kind(f"acttail_{name}", help_, labels, registry=self.registry, **more)
 
         self.requests = named(Counter, "requests", "Requests answered.", "path", "status")
+        self.stream_errors = named(
+            Counter, "stream_errors", "Streams that ended with an error event.", "status"
+        )
         self.prompt_tokens = named(Counter, "prompt_tokens", "Tokens of prompts.")
         self.generated_tokens = named(Counter, "generated_tokens", "Tokens generated.")
         self.first_token = named(
@@ -60,6 +69,11 @@ class Metrics:
         """Read the queue when asked for."""
         self.waiting.set_function(lambda: scheduler.waiting)
         self.running.set_function(lambda: scheduler.running)
+
+    def response(self, path: str, status: int) -> None:
+        """Count a response; a path that is none of ours is not a label of its own."""
+        known = path if path in _PATHS else "/v1/models" if path.startswith(_MODELS) else "other"
+        self.requests.labels(known, status).inc()
 
     def token(self, job: "Job", gap: float | None) -> None:
         """Count a token; called from the scheduler's thread."""

@@ -5,9 +5,10 @@ system message: what an earlier request has left need not be computed twice.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from acttail.engine.protocol import Sequence, TokenEngine, common_length
 
 # Fewer tokens than these are not worth a cache that another request may continue further.
 _WORTH = 8
@@ -17,9 +18,10 @@ _ROUND = 512
 
 @dataclass(eq=False)
 class _Kept:
-    engine: Any
+    engine: TokenEngine
+    client: str
     tokens: torch.Tensor
-    sequence: Any
+    sequence: Sequence
 
 
 class PrefixCache:
@@ -33,18 +35,22 @@ class PrefixCache:
         self.size = size
         self._kept: list[_Kept] = []
 
-    def take(self, engine: Any, prompt: torch.Tensor, capacity: int) -> tuple[Any, int]:
+    def take(
+        self, engine: TokenEngine, client: str, prompt: torch.Tensor, capacity: int
+    ) -> tuple[Sequence, int]:
         """A sequence for a prompt, and how many of its tokens the sequence holds already.
 
         Args:
             engine: that will run it.
+            client: whose it is; how fast an answer comes tells nobody what others have asked.
             prompt: [n] token ids; at least the last one is left to feed.
             capacity: tokens it must have room for.
         """
         best, common = None, 0
         for kept in self._kept:
-            if kept.engine is engine and kept.sequence.capacity >= capacity:
-                shared = min(_common(kept.tokens, prompt), len(prompt) - 1)
+            mine = kept.engine is engine and kept.client == client
+            if mine and kept.sequence.capacity >= capacity:
+                shared = min(common_length(kept.tokens, prompt), len(prompt) - 1)
                 if shared >= max(_WORTH, common):
                     best, common = kept, shared
         if best is None:
@@ -54,22 +60,16 @@ class PrefixCache:
         best.sequence.truncate(common)
         return best.sequence, common
 
-    def give(self, engine: Any, prompt: torch.Tensor, generated: list[int], sequence: Any) -> None:
+    def give(
+        self, engine: TokenEngine, client: str, prompt: torch.Tensor, generated: list[int],
+        sequence: Sequence,
+    ) -> None:  # fmt: skip
         """Keep the sequence of an ended request.
 
-        Prompts under a policy that treats their tokens unlike decoded ones leave another cache than a
-        later prompt would: they are not kept.
+        Nothing is kept where a later prompt would leave another cache.
         """
-        alike = engine.name == "native" and (engine.plan is None or str(engine.policy) == "all")
-        if not self.size or not alike or sequence is None:
+        if not self.size or not engine.keeps_prefixes:
             return
         tokens = torch.cat([prompt, torch.tensor(generated, dtype=torch.int64)])[: sequence.length]
-        self._kept.append(_Kept(engine, tokens, sequence))
+        self._kept.append(_Kept(engine, client, tokens, sequence))
         del self._kept[: -self.size]
-
-
-def _common(a: torch.Tensor, b: torch.Tensor) -> int:
-    """Length of the common beginning."""
-    n = min(len(a), len(b))
-    differ = (a[:n] != b[:n]).nonzero()
-    return int(differ[0]) if len(differ) else n

@@ -1,36 +1,69 @@
 """What a request may hold: OpenAI's fields, checked, and a few of our own."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from acttail.engine.sampling import Sampling
+from acttail.serve.unsupported import refusal, refuse_surrogates, refuse_unsupported
 
-# Fields of OpenAI's API that ask for what a text model on one machine does not do.
-_UNSUPPORTED = (
-    "tools",
-    "functions",
-    "tool_choice",
-    "function_call",
-    "audio",
-    "modalities",
-    "suffix",
-)
-
-
-class _StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    include_usage: bool = False
+# Ids are kept in 32 bits by every tokenizer; whether the model has one is checked against its vocabulary.
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+# Arguments of a chat template that are not the client's to set.
+_RESERVED = frozenset(
+    ("messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
+     "continue_final_message", "return_dict", "return_tensors", "padding", "truncation", "max_length",
+     "tokenizer_kwargs", "return_assistant_tokens_mask")
+)  # fmt: skip
 
 
-class _Request(BaseModel):
+class _Model(BaseModel):
+    # Unknown fields pass: clients send what one server or another takes. Those that ask for something this
+    # one is known not to do are in unsupported.py.
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class _Body(_Model):
+    @model_validator(mode="before")
+    @classmethod
+    def _clean(cls, data: Any) -> Any:
+        """Take null for absent, as OpenAI's API does, and refuse what no field may hold."""
+        refuse_surrogates(data)
+        if not isinstance(data, dict):
+            return data
+        refuse_unsupported(data)
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class _StreamOptions(_Model):
+    include_usage: bool | None = None
+
+
+class _JsonSchema(_Model):
+    name: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class _Format(_Model):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: _JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> "_Format":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise refusal(
+                "response_format", "response_format of type json_schema needs json_schema.schema"
+            )
+        return self
+
+
+class _Request(_Body):
     """Fields common to both kinds of completion."""
 
-    model_config = ConfigDict(extra="ignore")
-
     model: str
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=-1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=16)
@@ -40,33 +73,21 @@ class _Request(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[TokenId, Bias] | None = None
     user: str | None = None
+    response_format: _Format | None = None
     # Ours: sampling that OpenAI's API lacks, and the sparsity of this request.
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     sparsity: float | None = Field(None, ge=0, le=0.99)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name in _UNSUPPORTED:
-                value = data.get(name)
-                if value and value not in ("none", "auto", ["text"]):
-                    raise ValueError(f"{name} is not supported by this server")
-            form = data.get("response_format")
-            if isinstance(form, dict) and form.get("type", "text") != "text":
-                raise ValueError("response_format other than text is not supported by this server")
-        return data
-
     @model_validator(mode="after")
     def _check_stop(self) -> "_Request":
         if len(self.stops) > 16 or any(len(s) > 1000 for s in self.stops):
-            raise ValueError("stop takes up to 16 strings of up to 1,000 characters")
+            raise refusal("stop", "stop takes up to 16 strings of up to 1,000 characters")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed with stream")
+            raise refusal("stream_options", "stream_options is only allowed with stream")
         return self
 
     @property
@@ -76,24 +97,35 @@ class _Request(BaseModel):
         return [s for s in given if s]
 
     @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer is held to, None for free text."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return form.json_schema.schema_ if form.json_schema is not None else {"type": "object"}
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(self, index: int) -> Sampling:
-        """How choice number `index` is drawn; choices of one seed differ from each other."""
+        """How choice number `index` is drawn; choices of one seed differ from each other.
+
+        A seed of -1 is none, as llama-server's clients send it.
+        """
+        seed = None if self.seed in (None, -1) else (self.seed + index) % 2**63
         return Sampling(
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
             repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty, bias=tuple((self.logit_bias or {}).items()),
-            seed=None if self.seed is None else (self.seed + index) % 2**63,
+            frequency_penalty=self.frequency_penalty, bias=tuple((self.logit_bias or {}).items()), seed=seed,
         )  # fmt: skip
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     best_of: int | None = None
@@ -101,11 +133,9 @@ class CompletionRequest(_Request):
     @model_validator(mode="after")
     def _check_completion(self) -> "CompletionRequest":
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of other than n is not supported by this server")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo together with logprobs is not supported by this server")
-        if not self.prompt:
-            raise ValueError("prompt is empty")
+            raise refusal("best_of", "best_of other than n is not supported by this server")
+        if not self.prompt or not all(self.prompts):
+            raise refusal("prompt", "prompt is empty")
         return self
 
     @property
@@ -117,39 +147,110 @@ class CompletionRequest(_Request):
             return [self.prompt]
         return list(self.prompt)
 
+    @property
+    def scored(self) -> bool:
+        """Whether the tokens of the prompt come back with their log-probabilities."""
+        return self.echo and self.logprobs is not None
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore")
 
+class _Part(_Model):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if isinstance(kind, str) and kind not in ("text", "refusal"):
+            raise refusal(
+                "messages", f"parts of type {kind[:40]} are not supported by this server; send text"
+            )
+        return data
 
-class Message(BaseModel):
+
+class Message(_Model):
     """One message of a conversation."""
-
-    model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part] | None = None
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """For a chat template. OpenAI's newer name of the system role is not known to templates."""
         content = self.content
         text = content if isinstance(content, str) else "".join(p.text for p in content or [])
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatRequest(_Request):
-    """POST /v1/chat/completions."""
+class Conversation(_Body):
+    """What a chat template reads."""
 
     messages: list[Message] = Field(min_length=1, max_length=10_000)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+
+    @model_validator(mode="after")
+    def _check_template(self) -> "Conversation":
+        for name in self.chat_template_kwargs or {}:
+            if name in _RESERVED:
+                raise refusal(
+                    "chat_template_kwargs",
+                    f"{name} is not an argument to set; it has a field of its own",
+                )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise refusal(
+                "continue_final_message",
+                "continue_final_message needs an assistant's message at the end",
+            )
+        return self
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """Variables of the template that the request sets."""
+        given = dict(self.chat_template_kwargs or {})
+        if self.enable_thinking is not None:
+            given["enable_thinking"] = self.enable_thinking
+        return given
+
+
+class ChatRequest(_Request, Conversation):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = Field(None, ge=-1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs")
+            raise refusal("top_logprobs", "top_logprobs needs logprobs")
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """New tokens asked for; -1 for as many as there is room for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TokenizeRequest(_Body):
+    """POST /tokenize: a text, or a conversation as the chat template makes it."""
+
+    content: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=10_000)
+    add_special: bool = False
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "TokenizeRequest":
+        given = [v for v in (self.content, self.prompt, self.messages) if v is not None]
+        if len(given) != 1:
+            raise refusal("content", "give one of content, prompt and messages")
+        return self
+
+
+class DetokenizeRequest(_Body):
+    """POST /detokenize."""
+
+    tokens: list[TokenId]

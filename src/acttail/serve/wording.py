@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from acttail.engine.generation import Piece
+from acttail.engine.protocol import TokenEngine
 from acttail.serve.scheduler import Job
+from acttail.sparse.rules import kind_of
 
 
 class Wording:
@@ -21,6 +23,8 @@ class Wording:
 
     def __init__(self, model: str, *, chat: bool, tokenizer: Any) -> None:
         self.chat, self._tokenizer = chat, tokenizer
+        # Characters of token names that a stream has given so far, by job.
+        self._said: dict[int, int] = {}
         self._head: dict[str, Any] = {
             "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             "object": "chat.completion" if chat else "text_completion",
@@ -30,12 +34,12 @@ class Wording:
 
     def whole(
         self, texts: Sequence[str], jobs: Sequence[Job], pieces: Sequence[list[Piece]]
-    ) -> Any:
+    ) -> dict[str, Any]:
         """A response in one piece."""
         choices = []
         for i, (text, job) in enumerate(zip(texts, jobs, strict=True)):
             choice: dict[str, Any] = {"index": i, "finish_reason": finish(job)}
-            choice["logprobs"] = self._logprobs(pieces[i], job)
+            choice["logprobs"] = self._logprobs(pieces[i], job, offset=0)
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
@@ -62,6 +66,16 @@ class Wording:
             body["acttail"] = timings([job])
         return body
 
+    def echo(self, index: int, text: str, job: Job) -> dict[str, Any]:
+        """The event of a stream that gives the prompt back, scored if that was asked for."""
+        choice = {
+            "index": index,
+            "finish_reason": None,
+            "logprobs": self._logprobs([], job, offset=0),
+            "text": text,
+        }
+        return self._head | {"choices": [choice]}
+
     def usage_chunk(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """The event that ends a stream with include_usage."""
         body: dict[str, Any] = self._head | {"choices": [], "usage": usage(jobs)}
@@ -69,26 +83,36 @@ class Wording:
             body["object"] = "chat.completion.chunk"
         return body
 
-    def _logprobs(self, pieces: Sequence[Piece], job: Job) -> dict[str, Any] | None:
+    def _logprobs(
+        self, pieces: Sequence[Piece], job: Job, *, offset: int | None = None
+    ) -> dict[str, Any] | None:
+        """Log-probabilities of the pieces; at an offset of 0 those of a scored prompt come first."""
         if job.logprobs is None:
             return None
-        drawn = [p for p in pieces if p.token >= 0 and p.logprob is not None]
+        drawn = [(p.token, p.logprob, p.top) for p in pieces if p.token >= 0]
         if self.chat:
             content = [
-                self._token(p.token, p.logprob)
-                | {"top_logprobs": [self._token(t, v) for t, v in p.top]}
-                for p in drawn
+                self._token(t, v) | {"top_logprobs": [self._token(i, w) for i, w in top]}
+                for t, v, top in drawn
             ]
             return {"content": content, "refusal": None}
-        names = [self._name(p.token) for p in drawn]
-        offsets, at = [], 0
+        if job.scored and offset == 0:
+            scores = [(None, ()), *job.scores]
+            prompt = job.prompt.tolist()
+            drawn = [(t, v, top) for t, (v, top) in zip(prompt, scores, strict=True)] + drawn
+        names = [self._name(t) for t, _, _ in drawn]
+        offsets, at = [], self._said.get(id(job), 0) if offset is None else offset
         for name in names:
             offsets.append(at)
             at += len(name)
+        self._said[id(job)] = at
         return {
             "tokens": names,
-            "token_logprobs": [p.logprob for p in drawn],
-            "top_logprobs": [{self._name(t): v for t, v in p.top} for p in drawn],
+            "token_logprobs": [v for _, v, _ in drawn],
+            # A prompt's first token follows nothing, so it has no probability.
+            "top_logprobs": [
+                None if v is None else {self._name(i): w for i, w in top} for _, v, top in drawn
+            ],
             "text_offset": offsets,
         }
 
@@ -113,14 +137,16 @@ def finish(job: Job) -> str:
 
 
 def usage(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Token counts; a prompt with several choices counts once per choice it was read for."""
-    prompt = sum(len(job.prompt) for job in jobs)
+    """Token counts; a prompt with several choices counts once, as OpenAI counts it."""
+    # The choices of one prompt share its tensor; what the cache held of it counts for the first of them.
+    first = {id(job.prompt): job for job in reversed(jobs)}.values()
+    prompt = sum(len(job.prompt) for job in first)
     completion = sum(len(job.result.tokens) for job in jobs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(job.held for job in jobs)},
+        "prompt_tokens_details": {"cached_tokens": sum(job.held for job in first)},
     }
 
 
@@ -140,7 +166,7 @@ def timings(jobs: Sequence[Job]) -> dict[str, Any]:
     }
 
 
-def realised(engine: Any, read: float | None) -> float | None:
+def realised(engine: TokenEngine, read: float | None) -> float | None:
     """Share of the projections' inputs dropped while decoding.
 
     Args:
@@ -148,6 +174,9 @@ def realised(engine: Any, read: float | None) -> float | None:
         read: share of the projections' weights it read, None if nothing was decoded. TopK drops what
             the plan says, even where a dense kernel reads every weight; a threshold drops what it meets.
     """
-    if engine.plan is None or engine.plan.rule in ("topk", "wina"):
-        return round(engine.plan.realised_sparsity, 4) if engine.plan else 0.0
+    plan = engine.plan
+    if plan is None:
+        return 0.0
+    if kind_of(plan).fixed_k:
+        return round(plan.realised_sparsity, 4)
     return None if read is None else round(1 - read, 4)

@@ -1,0 +1,294 @@
+"""Tokens per second against KL to the source model: our plans at every width, and every quantisation of the peers.
+
+Everything starts from one GGUF. KL, top-1 and perplexity are to its weights dequantised to fp32, as each engine really
+decodes: 2,048 tokens of WikiText-2 test in windows of 512. Speed is of 128 tokens after a prompt of 128, by turns
+in groups that each hold the same anchor (llama.cpp on the source file as it is); a speed is the group's ratio to the
+anchor times the anchor's median over all groups, so that no group profits from a quiet hour. ik_llama.cpp takes
+llama.cpp's files and its KL (the weights are the same; its own rounding of activations is not measured).
+
+Appends to frontier.csv; draws docs/images/frontier.svg and fills the README's and docs/performance.md's tables.
+
+    python benchmarks/frontier.py [--model FILE.gguf] [--gguf-bench PATH/llama-bench] [--speed-only] [--table-only]
+"""
+
+import statistics
+
+import torch
+from common import HERE, On, Rows, fill, label, options
+from decoding import calibrated, prompt
+
+import acttail
+from acttail.allocate import make_plan
+from acttail.base.files import replacing
+from acttail.calibrate.text import bos_of, read_text, tokenize, windows
+from acttail.engine import Engine
+from acttail.errors import ActTailError
+from acttail.evaluate.llama_bench import LlamaBenchContestant
+from acttail.evaluate.llama_cpp import LlamaCppContestant, quantised
+from acttail.evaluate.speed import EngineContestant, measure
+from acttail.maths.losses import divergence, token_losses
+from acttail.model.names import resolve
+
+WIDTHS = ("auto", "int8", "int4")
+SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6)
+ALLOCATORS = ("sensitivity", "refined")
+PEERS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "IQ3_S", "Q2_K")
+AS_IT_IS = "file as it is"
+ANCHOR = f"llama.cpp {AS_IT_IS}"
+# (side, options): the better of the two layouts is its figure.
+LAYOUTS = (("ik_llama.cpp", ()), ("ik_llama.cpp interleaved", ("-rtr", "1")))
+WINDOW, NEW, PROMPT = 512, 128, 128
+
+
+class Quality:
+    """KL, top-1 agreement and perplexity against the source's own logits.
+
+    Args:
+        source: the GGUF.
+        text: that is scored.
+        tokens: how many of it.
+    """
+
+    def __init__(self, source, text, tokens):
+        engine = Engine.from_pretrained(source, dtype="fp32", native=True)
+        ids = tokenize(text, engine.tokenizer)
+        self.windows = windows(ids, WINDOW, tokens, None, bos_of(engine.tokenizer), text.name)
+        self.exact = [engine.new_sequence(WINDOW).all_logits(w)[:-1].clone() for w in self.windows]
+
+    def of(self, logits):
+        """Columns of what `logits(window)` ([WINDOW] ids -> [WINDOW, vocabulary]) gives."""
+        kl, same, losses = [], [], []
+        for window, exact in zip(self.windows, self.exact, strict=True):
+            found = logits(window)[:-1]
+            a, b = divergence(exact, found)
+            kl.append(a.mean()), same.append(b.float().mean())
+            losses.append(token_losses(found, window[1:]).mean())
+        mean = [float(torch.stack(x).mean()) for x in (kl, same, losses)]
+        return {"kl": f"{mean[0]:.5f}", "top1": f"{mean[1]:.4f}", "perplexity": f"{torch.tensor(mean[2]).exp():.3f}"}  # fmt: skip
+
+
+def plans(args, allocators):
+    """(allocator, S) -> plan, calibrated on text that is not scored."""
+    if args.speed_only:
+        model, _ = acttail.load(args.model, dtype="bfloat16")
+        return {("uniform", s): make_plan(model, s, allocator="uniform") for s in SPARSITIES}
+    model, _, context, _ = calibrated(args)
+    return {(a, s): make_plan(model, s, allocator=a, context=context) for a in allocators for s in SPARSITIES}  # fmt: skip
+
+
+def ours(args, width, found):
+    """Name -> engine, all over one copy of the weights."""
+    first = next(iter(found.values()))
+    base = Engine.from_pretrained(args.model, first, dtype=width, native=True, threads=args.threads)
+    engines = {("dense", 0.0): base.with_plan(None)}
+    for key, plan in found.items():
+        engines[key] = base.with_plan(plan)
+    return engines
+
+
+def theirs(args, source):
+    """(side, name) -> (contestant, file of it) one after the other, so that few are in memory."""
+    for kind in (AS_IT_IS, *PEERS):
+        path = source if kind == AS_IT_IS else quantised(source, f"MOSTLY_{kind}")
+        yield "llama.cpp", kind, LlamaCppContestant(path, args.threads, 1024), path
+
+
+class Collector:
+    """Rows of one model: quality at once, speed relative to the anchor of the group, and the anchor's speeds.
+
+    Args:
+        args: of the command line.
+        rows: to append to.
+        on: what is measured.
+    """
+
+    def __init__(self, args, rows, on):
+        self.args, self.rows, self.on = args, rows, on
+        self.pending, self.anchors = [], []
+
+    def group(self, contestants, quality, anchor):
+        """Measure contestants ((side, width, allocator, S) -> contestant) against the anchor by turns."""
+        named = {"anchor": anchor, **contestants}
+        speed = measure(named, prompt(PROMPT, self.args.vocabulary), new_tokens=NEW, rounds=self.args.rounds)  # fmt: skip
+        self.anchors += speed.decode["anchor"]
+        for key in contestants:
+            self.pending.append((key, speed.ratio(key, "anchor"), quality.get(key, {})))
+
+    def write(self):
+        """Append the rows."""
+        anchor = statistics.median(self.anchors)
+        for (side, width, allocator, sparsity), ratio, quality in self.pending:
+            self.rows.append({
+                "side": side, "width": width, "allocator": allocator, "sparsity": sparsity,
+                "kl": "", "top1": "", "perplexity": "", **quality,
+                "tokens_per_second": round(ratio.median * anchor, 2), "over_anchor_median": round(ratio.median, 3),
+                "over_anchor_low": round(ratio.low, 3), "over_anchor_high": round(ratio.high, 3),
+                "decode_threads": self.args.threads, "rounds": self.args.rounds,
+                "tokens": "" if self.args.speed_only else self.args.tokens,
+            }, self.on)  # fmt: skip
+
+
+def run(args, rows):
+    source = resolve(args.model).gguf
+    if source is None:
+        raise SystemExit(f"{args.model} is no GGUF: the peers read nothing else")
+    torch.set_num_threads(args.threads)
+    text = read_text(args.text)
+    score = None if args.speed_only else Quality(args.model, text, args.tokens)
+    found = plans(args, ALLOCATORS)
+    on = On(label(args.model), "random tokens" if score is None else text.name, read_text(args.calibration).name)  # fmt: skip
+    collector = Collector(args, rows, on)
+    anchor = LlamaCppContestant(source, args.threads, 1024)
+    for width in WIDTHS:
+        engines = ours(args, width, found)
+        args.vocabulary = next(iter(engines.values())).vocabulary
+        keys = {("acttail", width, a, s): e for (a, s), e in engines.items()}
+        quality = {} if score is None else {
+            k: score.of(lambda w, e=e: e.new_sequence(WINDOW).all_logits(w, decode=True)) for k, e in keys.items()
+        }  # fmt: skip
+        collector.group({k: EngineContestant(e) for k, e in keys.items()}, quality, anchor)
+        del engines, keys
+    for side, kind, contestant, path in theirs(args, source):
+        key = (side, kind, "", 0.0)
+        quality = {} if score is None else {key: score.of(contestant.window_logits)}
+        group = {key: contestant}
+        if args.gguf_bench:
+            for layout, more in LAYOUTS:
+                other = (layout, kind, "", 0.0)
+                group[other] = LlamaBenchContestant(args.gguf_bench, path, args.threads, more)
+                quality[other] = quality.get(key, {})
+        try:
+            collector.group(group, quality, anchor)
+        except ActTailError as error:
+            if not args.gguf_bench:
+                raise
+            print(f"{kind}: {error}; without ik_llama.cpp")
+            collector.group({key: contestant}, quality, anchor)
+        contestant.close()
+    anchor.close()
+    collector.write()
+
+
+def frontier(rows):
+    """Those that nothing is both faster and closer than, closest first."""
+    best, kept = 0.0, []
+    for row in sorted(rows, key=lambda r: (float(r["kl"]), -float(r["tokens_per_second"]))):
+        if float(row["tokens_per_second"]) > best:
+            best = float(row["tokens_per_second"])
+            kept.append(row)
+    return kept
+
+
+def _peer(row):
+    return row["side"] != "acttail"
+
+
+def gains(rows):
+    """(row of ours, the peers' fastest at no more KL or None, the ratio) for each of our plans, closest first."""
+    peers = [r for r in rows if _peer(r)]
+    for row in sorted((r for r in rows if not _peer(r)), key=lambda r: float(r["kl"])):
+        near = [p for p in peers if float(p["kl"]) <= float(row["kl"])]
+        best = max(near, key=lambda p: float(p["tokens_per_second"]), default=None)
+        ratio = float(row["tokens_per_second"]) / float(best["tokens_per_second"]) if best else None
+        yield row, best, ratio
+
+
+def named(row):
+    if row["side"] != "acttail":
+        return f"{row['side']} {row['width']}"
+    plan = "dense" if row["allocator"] == "dense" else f"{row['allocator']} {row['sparsity']}"
+    return f"{row['width']}, {plan}"
+
+
+def table(rows):
+    """Markdown: one row for each of our engines, and which peers' quantisations ours do not reach."""
+    lines = [
+        "| acttail | KL | tokens/s | the peers' fastest at no more KL | its KL | its tokens/s | ours ÷ theirs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row, best, ratio in gains(rows):
+        cells = [named(row), f"{float(row['kl']):.4f}", f"{float(row['tokens_per_second']):.0f}"]
+        if best is None:
+            cells += ["none is as close", "", "", ""]
+        else:
+            cells += [named(best), f"{float(best['kl']):.4f}", f"{float(best['tokens_per_second']):.0f}", f"**{ratio:.2f}**"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    ahead = [
+        p for p in rows if _peer(p)
+        and not any(
+            float(o["kl"]) <= float(p["kl"]) and float(o["tokens_per_second"]) >= float(p["tokens_per_second"])
+            for o in rows if not _peer(o)
+        )
+    ]  # fmt: skip
+    said = "; ".join(f"{named(p)} (KL {float(p['kl']):.4f}, {float(p['tokens_per_second']):.0f} tokens/s)" for p in ahead)  # fmt: skip
+    lines += ["", f"Both faster and closer than any plan of ours: {said or 'none of theirs'}."]
+    return "\n".join(lines)
+
+
+def draw(models, path):
+    """KL against tokens per second, a panel for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 4.6), layout="constrained", squeeze=False)  # fmt: skip
+    colours = {"auto": "#004488", "int8": "#4477aa", "int4": "#66ccee"}
+    for axis, (model, rows) in zip(axes[0], models.items(), strict=True):
+        floor = 1e-4
+        for width, colour in colours.items():
+            line = frontier([r for r in rows if r["side"] == "acttail" and r["width"] == width])
+            x, y = zip(*((max(float(r["kl"]), floor), float(r["tokens_per_second"])) for r in line), strict=True)  # fmt: skip
+            axis.plot(x, y, "o-", color=colour, label=f"acttail {width}")
+        for side, colour, mark in (("llama.cpp", "#bb5566", "s"), ("ik_llama.cpp", "#ddaa33", "^")):
+            points = [r for r in rows if r["side"].startswith(side)]
+            for r in points:
+                x, y = max(float(r["kl"]), floor), float(r["tokens_per_second"])
+                axis.plot(x, y, mark, color=colour)
+                if side == "llama.cpp":
+                    axis.annotate(r["width"], (x, y), fontsize=7, xytext=(3, -9), textcoords="offset points")  # fmt: skip
+            if points:
+                axis.plot([], [], mark, color=colour, label=side)
+        axis.set_xscale("log")
+        axis.set_ylim(0)
+        axis.set_xlabel("KL to the source model, nats per token (left is better)")
+        axis.set_ylabel("decoded tokens per second (up is better)")
+        axis.set_title(f"{model}, {rows[0]['decode_threads']} threads", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="svg")
+    plt.close(figure)
+
+
+def show(args, rows):
+    """Tables and figure from the newest rows of every model."""
+    keys = ("side", "width", "allocator", "sparsity")
+    scored = {}
+    for model in dict.fromkeys(r["model"] for r in rows.all()):
+        found = list(rows.latest(*keys, model=model).values())
+        if found and all(r["kl"] for r in found):
+            scored[model] = found
+    if not scored:
+        return
+    pages = [f"**{model}**\n\n{table(found)}" for model, found in scored.items()]
+    fill(args.out, "docs/performance.md", "frontier", "\n\n".join(pages))
+    draw(scored, (HERE.parent / "docs" / "images" if args.out == HERE else args.out) / "frontier.svg")  # fmt: skip
+
+
+def main():
+    parser = options(__doc__, "model", "text", "calibration", "table", rounds=7, tokens=2048)
+    parser.add_argument("--gguf-bench", help="a llama-bench of ik_llama.cpp; left out without")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--speed-only", action="store_true", help="uniform plans, no quality: for random weights")  # fmt: skip
+    args = parser.parse_args()
+    rows = Rows("frontier", args.out)
+    if not args.table_only:
+        run(args, rows)
+    if args.gguf_bench is None and not args.table_only:
+        print("ik_llama.cpp is left out: give --gguf-bench PATH to its llama-bench")
+    show(args, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+#include "check.hpp"
+
+#include "formats.hpp"
+#include "select.hpp"
+
+namespace acttail {
+
+namespace {
+
+// Blocks, heads and rope tables.
+constexpr int64_t kMostParts = int64_t{1} << 16;
+
+bool runnable(const acttail_segment& s, int64_t inputs) {
+  const bool selects = s.rule == ACTTAIL_DENSE || s.rule == ACTTAIL_THRESHOLD ||
+                       (s.rule == ACTTAIL_TOPK && s.k >= 1 && s.k <= inputs);
+  return selects && s.end > s.begin && s.end <= kMostSegments * kMost && s.outputs >= 1 && s.outputs <= s.end - s.begin;
+}
+
+// Matrices of the same inputs, and segments one after the other from column 0 to the last, each in one of them.
+bool runnable(const acttail_fused& fused, int64_t inputs) {
+  if (fused.segments < 1 || fused.segments > kMostSegments || fused.matrices < 1 ||
+      fused.matrices > fused.segments) {
+    return false;
+  }
+  int64_t column = 0, at = 0;
+  int i = 0;
+  for (int m = 0; m < fused.matrices; ++m) {
+    const acttail_matrix& matrix = fused.matrix[m];
+    if (!usable(matrix) || matrix.rows != inputs) return false;
+    const int64_t block = kFormatTraits[matrix.format].block;
+    for (; i < fused.segments && column < at + matrix.columns; ++i) {
+      const acttail_segment& s = fused.segment[i];
+      if (s.begin != column || !runnable(s, inputs) || (s.end - at) % block) return false;
+      column = s.end;
+    }
+    at += matrix.columns;
+    if (column != at) return false;
+  }
+  return i == fused.segments;
+}
+
+bool holds(const acttail_fused& fused, int64_t offset, int64_t columns) {
+  return offset >= 0 && columns <= columns_of(fused) && offset <= columns_of(fused) - columns;
+}
+
+bool apart(int64_t a, int64_t a_columns, int64_t b, int64_t b_columns) {
+  return a + a_columns <= b || b + b_columns <= a;
+}
+
+// A norm has a weight if it must be there, and a bias nowhere but in LayerNorm.
+bool runnable(const acttail_norm& n, const acttail_model& m, bool needed) {
+  return (n.weight != nullptr || (!needed && n.bias == nullptr)) && (n.bias == nullptr || m.layer_norm != 0);
+}
+
+bool runnable(const acttail_block& b, const acttail_model& m) {
+  const int64_t heads = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+  return runnable(b.qkv, m.hidden) && runnable(b.o, heads) && runnable(b.gate_up, m.hidden) &&
+         runnable(b.down, m.intermediate) && holds(b.qkv, b.q_offset, heads) &&
+         holds(b.qkv, b.k_offset, kv) && holds(b.qkv, b.v_offset, kv) && holds(b.o, 0, m.hidden) &&
+         (b.gate_offset < 0 || holds(b.gate_up, b.gate_offset, m.intermediate)) &&
+         holds(b.gate_up, b.up_offset, m.intermediate) && holds(b.down, 0, m.hidden) &&
+         apart(b.q_offset, heads, b.k_offset, kv) && apart(b.q_offset, heads, b.v_offset, kv) &&
+         apart(b.k_offset, kv, b.v_offset, kv) &&
+         (b.gate_offset < 0 || apart(b.gate_offset, m.intermediate, b.up_offset, m.intermediate)) &&
+         runnable(b.input_norm, m, true) && runnable(b.mlp_norm, m, true) &&
+         runnable(b.attention_norm, m, false) && runnable(b.output_norm, m, false) &&
+         runnable(b.q_norm, m, false) && runnable(b.k_norm, m, false) && b.window >= 0 && b.rope >= -1 &&
+         b.rope < m.ropes;
+}
+
+// An output-major table [vocabulary][hidden].
+bool table(const acttail_matrix& m, const acttail_model& model) {
+  return usable_output_major(m) && m.rows == model.vocabulary && m.columns == padded(model.hidden);
+}
+
+// The head as a projection, see acttail_model.
+bool projected(const acttail_model& m) {
+  const acttail_fused& f = m.head_input;
+  if (f.segments == 0 && f.matrices == 0) return true;
+  const bool whole = f.segments == 1 && f.segment[0].begin == 0 && f.segment[0].outputs == m.vocabulary &&
+                     f.bias == nullptr;
+  return whole && (f.matrices == 0 ? runnable(f.segment[0], m.hidden) : runnable(f, m.hidden));
+}
+
+}  // namespace
+
+bool runnable(const acttail_model& m) {
+  const auto within = [](int64_t n, int64_t most) { return n >= 1 && n <= most; };
+  const bool sized = within(m.blocks, kMostParts) && m.ropes >= 0 && m.ropes <= kMostParts &&
+                     within(m.hidden, kMost) && within(m.heads, kMostParts) && within(m.kv_heads, m.heads) &&
+                     m.heads % m.kv_heads == 0 && within(m.head_dim, kMost / m.heads) &&
+                     within(m.intermediate, kMost / 2) && within(m.vocabulary, kMost);
+  if (!sized || m.block == nullptr || (m.rope == nullptr && m.ropes > 0) || m.kv_format < 0 ||
+      m.kv_format >= kKvFormats || m.activation < ACTTAIL_SILU || m.activation > ACTTAIL_RELU ||
+      !table(m.embedding, m) || !projected(m) || (m.head_input.matrices == 0 && !table(m.head, m)) ||
+      !runnable(m.final_norm, m, true)) {
+    return false;
+  }
+  for (int64_t r = 0; r < m.ropes; ++r) {
+    if (m.rope[r].inv_freq == nullptr || m.rope[r].half < 0 || m.rope[r].half > m.head_dim / 2) return false;
+  }
+  for (int64_t i = 0; i < m.blocks; ++i) {
+    if (!runnable(m.block[i], m)) return false;
+  }
+  return true;
+}
+
+}  // namespace acttail

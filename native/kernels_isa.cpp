@@ -1,0 +1,51 @@
+// All kernels of one instruction set. CMakeLists.txt compiles this file once for each, with the flags of the
+// set, its name as ACTTAIL_ISA and the file of its vector type as ACTTAIL_SIMD.
+//
+// Everything here has internal linkage and no template of the standard library is instantiated: the linker
+// keeps one copy of an inline function for the whole library, and that copy may not be one that only
+// some CPUs can run.
+#include "kernels.hpp"
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "half.hpp"
+#include ACTTAIL_SIMD
+
+namespace {
+using namespace acttail;
+#include "topk_rows.inc"
+#include "vector_ops.inc"
+#include "formats.inc"
+#include "ahead.inc"
+#if defined(__AVX512VNNI__)
+#include "vnni.inc"
+#endif
+#include "blocks.inc"
+#include "gemv.inc"
+#include "attention.inc"
+
+#define ACTTAIL_JOIN_(a, b) a##b
+#define ACTTAIL_JOIN(a, b) ACTTAIL_JOIN_(a, b)
+#define ACTTAIL_TEXT_(a) #a
+#define ACTTAIL_TEXT(a) ACTTAIL_TEXT_(a)
+
+constexpr Kernels filled() {
+  Kernels table{};
+  table.name = ACTTAIL_TEXT(ACTTAIL_ISA);
+#define KERNEL(result, name, arguments) table.name = name;
+#include "kernels.def"
+#undef KERNEL
+  return table;
+}
+}  // namespace
+
+namespace acttail {
+
+const Kernels& ACTTAIL_JOIN(kernels_, ACTTAIL_ISA)() {
+  static constexpr Kernels table = filled();
+  return table;
+}
+
+}  // namespace acttail

@@ -1,0 +1,83 @@
+// Rows of one matrix, without an engine: for prompts, conversion checks, tuning and tests.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "guard.hpp"
+#include "kernels.hpp"
+
+namespace {
+
+// One decoded row's columns begin .. begin + width as bfloat16.
+void round_row(const acttail::Kernels& kernels, const float* row, int64_t width, uint16_t* to) {
+  const int64_t whole = width / 16 * 16;
+  kernels.encode_kv(acttail::kKvBf16, row, whole, to, nullptr);
+  if (whole == width) return;
+  float tail[16] = {};
+  uint16_t rounded[16];
+  std::memcpy(tail, row + whole, sizeof(float) * static_cast<size_t>(width - whole));
+  kernels.encode_kv(acttail::kKvBf16, tail, 16, rounded, nullptr);
+  std::memcpy(to + whole, rounded, sizeof(uint16_t) * static_cast<size_t>(width - whole));
+}
+
+int decode_rows(const acttail_matrix& m, int64_t first, int64_t last, int64_t begin, int64_t end,
+                bool as_float, void* out, int threads) {
+  const acttail::Kernels& kernels = acttail::kernels();
+  const int64_t width = end - begin, count = last - first;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(count, threads));
+  std::vector<float> scratch(static_cast<size_t>(parts * m.columns));
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1) if (parts > 1)
+  for (int64_t part = 0; part < parts; ++part) {
+    float* row = scratch.data() + part * m.columns;
+    for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
+      kernels.decode_row(m, first + i, row);
+      if (as_float) {
+        std::memcpy(static_cast<float*>(out) + i * width, row + begin,
+                    sizeof(float) * static_cast<size_t>(width));
+      } else {
+        round_row(kernels, row + begin, width, static_cast<uint16_t*>(out) + i * width);
+      }
+    }
+  }
+  return ACTTAIL_OK;
+}
+
+}  // namespace
+
+extern "C" {
+
+int acttail_decode_rows(const acttail_matrix* m, int64_t first, int64_t last, int64_t begin,
+                        int64_t end, int as_float, void* out, int threads) {
+  if (m == nullptr || !acttail::usable(*m) || out == nullptr || first < 0 || last < first ||
+      last > m->rows || begin < 0 || end < begin || end > m->columns || threads < 1) {
+    return ACTTAIL_BAD_ARGUMENT;
+  }
+  return acttail::guarded(
+      [&] { return decode_rows(*m, first, last, begin, end, as_float != 0, out, threads); });
+}
+
+int acttail_add_rows(const acttail_matrix* m, const int32_t* index, const float* x, int64_t count,
+                     int64_t begin, int64_t end, float* y, int64_t batch, int64_t stride) {
+  if (m == nullptr || !acttail::usable(*m) || (x == nullptr && count > 0) || y == nullptr ||
+      count < 0 || count > m->rows || begin < 0 || end < begin || end > m->columns ||
+      begin % acttail::kFormatTraits[m->format].block ||
+      end % acttail::kFormatTraits[m->format].block || batch < 1 || batch > 8) {
+    return ACTTAIL_BAD_ARGUMENT;
+  }
+  const acttail::Rows rows{index, x, count, 0};
+  acttail::kernels().add_rows(*m, rows, begin, end, y, batch, stride);
+  return ACTTAIL_OK;
+}
+
+int acttail_dot_rows(const acttail_matrix* m, const float* x, float* y) {
+  if (m == nullptr || !acttail::usable_output_major(*m) || x == nullptr || y == nullptr) {
+    return ACTTAIL_BAD_ARGUMENT;
+  }
+  return acttail::guarded([&] {
+    std::vector<uint8_t> scratch(static_cast<size_t>(acttail::dot_scratch(m->columns)));
+    acttail::kernels().dot_rows(*m, x, 0, m->rows, y, scratch.data());
+    return ACTTAIL_OK;
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,1 @@
+"""What everything stands on: files, this machine, work spread over processes. Knows nothing of models."""

@@ -1,0 +1,112 @@
+"""Work shared out: in this process, in several, or as tasks on a Ray cluster.
+
+It knows nothing of what the work is: a function of plain arguments that can be pickled by name.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from importlib.util import find_spec
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from acttail.errors import ActTailError
+
+T = TypeVar("T")
+Runner = Callable[[Mapping[str, tuple[Any, ...]]], Iterator[tuple[str, Any]]]
+
+
+def check_ray(address: str | None) -> None:
+    """Refuse a Ray cluster that could not be used.
+
+    Raises:
+        ActTailError: one was asked for and Ray is not installed.
+    """
+    if address is not None and find_spec("ray") is None:
+        raise ActTailError("a Ray cluster needs the extra: pip install 'acttail[ray]'")
+
+
+@contextmanager
+def runner(
+    work: Callable[..., Any], *, jobs: int = 1, ray_address: str | None = None
+) -> Iterator[Runner]:
+    """A function that runs `work` for each entry of {key: arguments} and yields (key, result) as they end.
+
+    Args:
+        work: called as ``work(*arguments, threads=n)``; a function of a module.
+        jobs: processes on this machine, each with its share of the cores; 1 stays in this process, in
+            the order given and with all threads (``threads=None``).
+        ray_address: ``auto``, ``local`` or an address; runs the work as Ray tasks of one core instead.
+
+    Raises:
+        ActTailError: Ray was asked for and is not installed or not reached.
+    """
+    if ray_address is not None:
+        with _ray(work, ray_address) as run:
+            yield run
+    elif jobs <= 1:
+        yield lambda todo: (
+            (key, work(*arguments, threads=None)) for key, arguments in todo.items()
+        )
+    else:
+        with _processes(work, jobs) as run:
+            yield run
+
+
+@contextmanager
+def _processes(work: Callable[..., Any], jobs: int) -> Iterator[Runner]:
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # spawn: a forked torch inherits locked thread pools.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+
+        def parallel(todo: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
+            futures = {
+                pool.submit(work, *arguments, threads=threads): key
+                for key, arguments in todo.items()
+            }
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+        try:
+            yield parallel
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _ray(work: Callable[..., Any], address: str) -> Iterator[Runner]:
+    check_ray(address)
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(
+                None if address == "local" else address,
+                log_to_driver=False,
+                include_dashboard=False,
+            )
+        except (ConnectionError, ValueError) as error:
+            raise ActTailError(f"cannot reach the Ray cluster {address!r}: {error}") from error
+    task = ray.remote(work)
+
+    def distributed(todo: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
+        waiting = {task.remote(*arguments, threads=1): key for key, arguments in todo.items()}
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1)
+            for reference in ready:
+                key = waiting.pop(reference)
+                try:
+                    yield key, ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    # The cause, not Ray's account of it, says what to do.
+                    cause = getattr(error, "cause", None)
+                    raise cause if isinstance(cause, ActTailError) else error from error
+
+    try:
+        yield distributed
+    finally:
+        if started:
+            ray.shutdown()

@@ -1,0 +1,172 @@
+"""Plans that a command makes itself: the options, judged together, and the plan they ask for."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from acttail.cli.console import note
+from acttail.cli.judge import (
+    calibration_text,
+    check_head,
+    check_spread,
+    given_curves,
+    option,
+    plan_of,
+    sees_text,
+    settings,
+)
+from acttail.cli.progress import work
+from acttail.errors import ActTailError
+
+if TYPE_CHECKING:
+    from acttail.evaluate.request import PlanRequest, RequestedPlan
+    from acttail.model.opened import Opened
+    from acttail.plan import SparsityPlan
+
+Sparsity = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of a plan file: a model sparsity; its plan is made once and kept.",
+        metavar="S",
+    ),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead: most the loss may rise, nats per token, on held-out text.", metavar="N"
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(help="Instead: most KL to the dense model, nats per token.", metavar="N"),
+]
+Allocator = Annotated[
+    str | None,
+    typer.Option(
+        help="The rule that makes the budget: acttail, under a limit sensitivity.", metavar="NAME"
+    ),
+]
+# What options have when they were not given.
+_TOKENS = 4096
+
+
+def request_of(
+    *, sparsity: float | None = None, max_loss: float | None = None, max_kl: float | None = None,
+    allocator: str | None = None, rule: str | None = None, head: bool | None = None, pairs: list[str] | None = None,
+    curves: str | None = None, text: str | None = None, tokens: int = _TOKENS, dtype: str = "bfloat16",
+    device_map: str | None = None, max_memory: str | None = None,
+) -> "PlanRequest":  # fmt: skip
+    """Judge what a plan is to be.
+
+    Args:
+        sparsity: of --sparsity.
+        max_loss: of --max-loss.
+        max_kl: of --max-kl.
+        allocator: of --allocator.
+        rule: of --rule.
+        head: of --head and --no-head.
+        pairs: of --set.
+        curves: of --curves; without an allocator they ask for ``sensitivity``.
+        text: of --calibration-text.
+        tokens: of --calibration-tokens.
+        dtype: of the model that calibrates.
+        device_map: of --device-map.
+        max_memory: of --max-memory.
+
+    Raises:
+        ActTailError: not one of the first three, or something is not valid; names the option.
+    """
+    from acttail.allocate import DEFAULT
+    from acttail.evaluate.quality import check_limit
+    from acttail.evaluate.request import FOR_QUALITY, PlanRequest
+    from acttail.maths.budget import check_target
+
+    limits = {"--max-loss": max_loss, "--max-kl": max_kl}
+    asked = [n for n, v in {"--sparsity": sparsity, **limits}.items() if v is not None]
+    if len(asked) != 1:
+        raise ActTailError(
+            f"give one of --sparsity, --max-loss and --max-kl, not {' and '.join(asked) or 'none'}"
+        )
+    if sparsity is not None:
+        with option("--sparsity"):
+            check_target(sparsity)
+    for name, limit in limits.items():
+        if limit is not None:
+            with option(name):
+                check_limit(limit)
+    if allocator is None:
+        if sparsity == 0 and curves is None:
+            allocator = "uniform"  # there is nothing to share out
+        else:
+            allocator = DEFAULT if sparsity is not None and curves is None else FOR_QUALITY
+    check_head(allocator, head)
+    arguments = given_curves({allocator: settings(pairs)}, curves)[allocator]
+    calibrated = sees_text(allocator, arguments, rule) or sparsity is None
+    spread = check_spread(device_map, max_memory)
+    loading = {"device_map": device_map, "max_memory": spread} if device_map or spread else {}
+    return PlanRequest(
+        sparsity, max_loss, max_kl, allocator, arguments, rule, head,
+        calibration_text(text, needed=calibrated), tokens, dtype, loading,
+    )  # fmt: skip
+
+
+def plan_or_request(plan: str | None, **asked: Any) -> "SparsityPlan | PlanRequest | None":
+    """The plan of --plan, what else was asked for, or None for neither.
+
+    Args:
+        plan: a file.
+        asked: as for :func:`request_of`.
+
+    Raises:
+        ActTailError: both, or something that is not valid; names the option.
+    """
+    names = {"pairs": "--set", "text": "--calibration-text"}
+    given = {names.get(k, f"--{k.replace('_', '-')}"): v for k, v in asked.items() if k != "tokens"}
+    found = [name for name, value in given.items() if value is not None]
+    if plan is not None:
+        if found:
+            raise ActTailError(f"--plan is a whole plan: leave it out, or {', '.join(found)}")
+        return plan_of(plan)
+    if not found:
+        return None
+    if not {"--sparsity", "--max-loss", "--max-kl"} & set(found):
+        raise ActTailError(
+            f"{found[0]} is about a plan: give --sparsity, --max-loss or --max-kl too"
+        )
+    return request_of(**asked)
+
+
+def opened_plan(
+    model: "Opened", asked: "SparsityPlan | PlanRequest | None", *, fresh: bool = False
+) -> "SparsityPlan | None":  # fmt: skip
+    """The plan that was asked for, with a word on stderr about how it came.
+
+    Args:
+        model: that it is for.
+        asked: of :func:`plan_or_request`.
+        fresh: make it, whatever is kept.
+
+    Raises:
+        ActTailError: see :func:`acttail.evaluate.request.requested`.
+    """
+    from acttail.evaluate.request import PlanRequest, requested
+
+    if not isinstance(asked, PlanRequest):
+        return asked
+    found = requested(model, asked, work, fresh=fresh)
+    _say(found, asked)
+    return found.plan
+
+
+def _say(found: "RequestedPlan", asked: "PlanRequest") -> None:
+    quality = found.quality
+    if quality is not None:
+        what = "loss rises by" if asked.max_loss is not None else "KL to dense is"
+        note(
+            f"sparsity {quality.plan.sparsity:.3f}: on held-out calibration text the {what} "
+            f"{quality.measured:.4f} nats per token (limit {quality.limit:g}, predicted KL {quality.predicted:.4f})"
+        )
+    elif found.kept and asked.limit is not None:
+        note(
+            f"sparsity {found.plan.sparsity:.3f}, found by an earlier start (--no-cache finds it again)"
+        )

@@ -1,0 +1,189 @@
+"""From a transformers model, loaded or on the meta device, to the shared block description.
+
+A family says what its blocks are made of; what a block holds beyond that is refused, not left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from acttail.engine.families import FAMILIES, Family
+from acttail.engine.spec import BlockSpec, DecoderSpec, UnsupportedModelError, bias_of
+from acttail.model.projections import Projection, decoder_blocks, find_projections
+from acttail.model.weights import StoredWeights
+
+# Numbers of native/engine.h.
+_ACTIVATIONS = {
+    "silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3,
+}  # fmt: skip
+
+
+def describe(model: Any) -> DecoderSpec:
+    """Describe a transformers decoder.
+
+    Raises:
+        UnsupportedModelError: a family or a variant of one that the engine does not run; says which.
+    """
+    outer = model.config
+    config = outer.get_text_config()
+    name = config.model_type
+    if name not in FAMILIES:
+        raise UnsupportedModelError(
+            f"the native engine does not run {name} models (it runs {', '.join(FAMILIES)})"
+        )
+    family = FAMILIES[name]
+    _check_variant(config)
+    path, stack = decoder_blocks(model)
+    prefix = path.rpartition(".")[0]
+    root: Any = model.get_submodule(prefix)
+    projections: dict[int, dict[str, Projection]] = {}
+    for p in find_projections(model):
+        projections.setdefault(p.block, {})[p.kind] = p
+    tables, index_of = _ropes(root, config)
+    layer_types: Any = getattr(config, "layer_types", None)
+    blocks = tuple(
+        BlockSpec(
+            _projections(family, projections[i], i),
+            _norms(family, f"{path}.{i}", block, projections[i], i),
+            family.window(config, i),
+            index_of[None] if None in index_of else index_of[layer_types[i]],
+        )
+        for i, block in enumerate(stack)
+    )
+    inner = projections[0]["fc2" if "fc2" in family.projections else "down"]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise UnsupportedModelError("the native engine needs an output head without a bias")
+    embedding = _name_of(model, model.get_input_embeddings())
+    # What transformers has untied, because the checkpoint has a head of its own, is not tied.
+    table: Any = head.weight
+    tied = bool(getattr(outer, "tie_word_embeddings", False)) and (
+        table is model.get_input_embeddings().weight or table.device.type == "meta"
+    )
+
+    def setting(key: str | None) -> float:
+        return float((getattr(config, key, None) if key else None) or 0.0)
+
+    return DecoderSpec(
+        family=name, hidden=config.hidden_size, heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads or config.num_attention_heads, head_dim=head_dim,
+        intermediate=inner.d_in, vocabulary=root.embed_tokens.num_embeddings,
+        context=_context(config), norm_eps=setting(family.norm_eps), norm_shift=family.norm_shift,
+        activation=_activation(family, config),
+        attention_scale=(setting(family.attention_scalar) or head_dim) ** -0.5,
+        attention_softcap=setting(family.attention_softcap), logit_softcap=setting(family.logit_softcap),
+        embedding_scale=family.embedding_scale(config),
+        embedding=embedding, head=embedding if tied else _name_of(model, head),
+        final_norm=f"{prefix}.norm.weight", blocks=blocks, ropes=tables, layer_norm=family.layer_norm,
+    )  # fmt: skip
+
+
+def with_own_head(spec: DecoderSpec, model: Any, weights: StoredWeights) -> DecoderSpec:
+    """Trust the file: what it keeps apart from the embedding is a head, though the config calls them tied.
+
+    Args:
+        spec: of the model.
+        model: on the meta device.
+        weights: of the file.
+    """
+    head = _name_of(model, model.get_output_embeddings())
+    tied = spec.head == spec.embedding
+    return replace(spec, head=head) if tied and weights.apart(head, spec.embedding) else spec
+
+
+def _check_variant(config: Any) -> None:
+    for key, why in (
+        ("use_bidirectional_attention", "bidirectional attention"),
+        ("alibi", "ALiBi"),
+    ):
+        if getattr(config, key, None):
+            raise UnsupportedModelError(f"the native engine does not run {why}")
+
+
+def _context(config: Any) -> int:
+    """Longest sequence for which the rope tables stay as they are."""
+    longest = int(config.max_position_embeddings)
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") in ("longrope", "dynamic"):
+        original: Any = parameters.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", longest
+        )
+        return min(longest, int(original))
+    return longest
+
+
+def _activation(family: Family, config: Any) -> int:
+    name = next(filter(None, (getattr(config, key, None) for key in family.activation)), None)
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(f"the native engine does not know the activation {name}")
+    return _ACTIVATIONS[name]
+
+
+def _ropes(
+    root: Any, config: Any
+) -> tuple[tuple[tuple[list[float], float], ...], dict[str | None, int]]:
+    """Rope tables, and layer type (None: every layer) -> index."""
+    with torch.device("cpu"):
+        rotary = type(root.rotary_emb)(config=config)
+    if hasattr(rotary, "inv_freq"):
+        table = (rotary.inv_freq.float().tolist(), float(rotary.attention_scaling))
+        return (table,), {None: 0}
+    tables: list[tuple[list[float], float]] = []
+    index: dict[str | None, int] = {}
+    for layer_type in sorted(set(config.layer_types)):
+        frequencies = getattr(rotary, f"{layer_type}_inv_freq", None)
+        if frequencies is None:
+            raise UnsupportedModelError(f"the {layer_type} blocks have no rotary embedding")
+        index[layer_type] = len(tables)
+        scale = float(getattr(rotary, f"{layer_type}_attention_scaling"))
+        tables.append((frequencies.float().tolist(), scale))
+    return tuple(tables), index
+
+
+def _projections(
+    family: Family, projections: Mapping[str, Projection], index: int
+) -> dict[str, str]:
+    """Kind -> name of a block's projections."""
+    experts = any(p.expert is not None for p in projections.values())
+    if set(projections) != family.projections or experts:
+        raise UnsupportedModelError(
+            "the native engine does not run a block of "
+            f"{', '.join(sorted(projections))} (block {index})"
+        )
+    return {kind: p.name for kind, p in projections.items()}
+
+
+def _norms(
+    family: Family, path: str, block: nn.Module, projections: Mapping[str, Projection], index: int
+) -> dict[str, str]:
+    """Role -> weight of a block's norms, once nothing else is in it."""
+    names = {role: f"{path}.{name}.weight" for role, name in family.norms.items()}
+    held = {f"{path}.{name}" for name, _ in block.named_parameters()}
+    known = set(names.values())
+    if family.layer_norm:
+        known |= {bias_of(name) for name in names.values()}
+    missing = sorted(known - held)
+    for p in projections.values():
+        known |= {p.parameter_name, f"{p.module}.bias"}
+    strange = sorted(held - known)
+    if missing or strange:
+        what = (
+            f"lacks {missing[0]}"
+            if missing
+            else f"has {strange[0]}, which the engine does not know"
+        )
+        raise UnsupportedModelError(
+            f"the native engine does not run this model: block {index} {what}"
+        )
+    return names
+
+
+def _name_of(model: nn.Module, wanted: Any) -> str:
+    for name, module in model.named_modules():
+        if module is wanted:
+            return f"{name}.weight"
+    raise UnsupportedModelError("the model's embedding is not one of its modules")

@@ -1,0 +1,170 @@
+"""Reading an .acttail folder's description: nothing of it is used that does not follow from the rest.
+
+The schema says what each number may be; here it is asked whether they belong together: which matrices there must
+be, and how large, follows from the decoder; where each projection lies, from the order and widths of its stage.
+Native code checks once more what it is given (native/check.cpp).
+"""
+
+from typing import Any, NoReturn
+
+from acttail.base.schema import SchemaError, checked
+from acttail.engine.blocks import padded
+from acttail.engine.families import FAMILIES
+from acttail.engine.formats import stored_format
+from acttail.engine.layout import FUSED, HEAD_MATRIX, READ, Layout, Segment
+from acttail.engine.shapes import Shape
+from acttail.engine.spec import BlockSpec, DecoderSpec
+from acttail.errors import ActTailError
+from acttail.model.projections import HEAD
+
+
+def read_layout(data: dict[str, Any]) -> Layout:
+    """Read what :meth:`Layout.to_dict` made.
+
+    Args:
+        data: of a JSON file.
+
+    Raises:
+        ActTailError: another version, or a description of nothing that could be; names the first fault.
+    """
+    version = data.get("version")
+    if version not in READ:
+        raise ActTailError(
+            f"engine weights of version {version!r} are not known to this acttail "
+            f"(it reads versions {', '.join(map(str, READ))}); convert the model again"
+        )
+    try:
+        layout = checked(Layout, {key: value for key, value in data.items() if key != "version"})
+    except SchemaError as error:
+        _refuse(str(error))
+    _check_spec(layout.spec)
+    for name in (layout.dtype, layout.head_dtype):
+        stored_format(name)
+    for name, shape in layout.shapes.items():
+        _check_shape(name, shape)
+    _check_stages(layout)
+    _check_tables(layout)
+    return layout
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ActTailError(f"the engine's description is damaged: {what}; convert the model again")
+
+
+def _check_spec(spec: DecoderSpec) -> None:
+    family = FAMILIES.get(spec.family)
+    if family is None:
+        _refuse(f"it is of the family {spec.family!r}, which the engine does not run")
+    if spec.heads % spec.kv_heads:
+        _refuse(f"{spec.heads} heads share {spec.kv_heads} keys")
+    if spec.layer_norm != family.layer_norm:
+        _refuse(f"its norms are not those of {spec.family}")
+    for frequencies, _ in spec.ropes:
+        if len(frequencies) > spec.head_dim // 2:
+            _refuse(f"{len(frequencies)} frequencies turn heads of {spec.head_dim}")
+    for i, block in enumerate(spec.blocks):
+        if set(block.projections) != family.projections:
+            _refuse(f"block {i} has the projections {', '.join(sorted(block.projections))}")
+        if set(block.norms) != set(family.norms):
+            _refuse(f"block {i} has the norms {', '.join(sorted(block.norms))}")
+        if block.rope >= len(spec.ropes):
+            _refuse(f"block {i} wants rope table {block.rope} of {len(spec.ropes)}")
+
+
+def _check_shape(name: str, shape: Shape) -> None:
+    form = stored_format(shape.dtype)
+    whole = shape.columns if shape.output_major else shape.rows
+    fixed = form.fixed_group
+    if fixed is not None:
+        grouped = shape.group == fixed and shape.rows % fixed == 0 and not shape.output_major
+    elif form.group is None:
+        grouped = shape.group == 0
+    else:
+        grouped = shape.group == whole or (0 < shape.group < whole and shape.group % 32 == 0)
+    minimum = form.minimum if fixed is not None else shape.asymmetric and form.minimum
+    if not grouped or shape.asymmetric != minimum or shape.columns % form.columns:
+        _refuse(f"{name} is no matrix of the format {shape.dtype}")
+
+
+def _d_in(spec: DecoderSpec, stage: str) -> int:
+    return {"o": spec.heads * spec.head_dim, "down": spec.intermediate}.get(stage, spec.hidden)
+
+
+def _d_out(spec: DecoderSpec, kind: str) -> int:
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    wide = {
+        "q": q, "k": kv, "v": kv, "qkv": q + 2 * kv, "gate": spec.intermediate, "up": spec.intermediate,
+        "gate_up": 2 * spec.intermediate, "fc1": spec.intermediate,
+    }  # fmt: skip
+    return wide.get(kind, spec.hidden)
+
+
+def _check_stages(layout: Layout) -> None:
+    """Every stage's matrices hold its block's projections, one after the other, and there are no others."""
+    spec, known = layout.spec, set[str]()
+    for i, block in enumerate(spec.blocks):
+        for stage, kinds in FUSED:
+            names = layout.matrices(f"blocks.{i}.{stage}")
+            known |= set(names)
+            there: list[Segment] = []
+            for name in names:
+                _check_matrix(layout, name, _d_in(spec, stage))
+                there += layout.segments[name]
+            _check_members(f"blocks.{i}.{stage}", spec, block, kinds, there)
+    if HEAD_MATRIX in layout.segments:
+        known.add(HEAD_MATRIX)
+        _check_matrix(layout, HEAD_MATRIX, spec.hidden)
+        members = layout.segments[HEAD_MATRIX]
+        if [(s.kind, s.d_out) for s in members] != [(HEAD, spec.vocabulary)]:
+            _refuse("its head is no output head of this vocabulary")
+    strange = next((name for name in layout.segments if name not in known), None)
+    if strange is not None:
+        _refuse(f"it has {strange}, which is in no block")
+    strange = next((n for n in layout.shapes if n not in known | {HEAD_MATRIX, "embedding"}), None)
+    if strange is not None:
+        _refuse(f"it has {strange}, which nothing reads")
+
+
+def _check_matrix(layout: Layout, name: str, d_in: int) -> None:
+    """An input-major matrix, whose segments fill it."""
+    shape, segments = layout.shapes.get(name), layout.segments.get(name)
+    if shape is None or not segments:
+        _refuse(f"it lacks {name}")
+    if shape.output_major or shape.rows != d_in:
+        _refuse(f"{name} has {shape.rows} rows, not {d_in}")
+    at = 0
+    for s in segments:
+        if s.begin != at or s.end != at + padded(s.d_out, shape.format.columns):
+            _refuse(f"{s.name} lies in columns {s.begin} to {s.end} of {name}, not from {at} on")
+        at = s.end
+    if at != shape.columns:
+        _refuse(f"{name} has {shape.columns} columns, of which {at} are filled")
+
+
+def _check_members(
+    stage: str, spec: DecoderSpec, block: BlockSpec, kinds: tuple[str, ...], there: list[Segment]
+) -> None:
+    wanted = sorted(
+        (k, block.projections[k], _d_out(spec, k)) for k in kinds if k in block.projections
+    )
+    found = sorted((s.kind, s.name, s.d_out) for s in there)
+    if found != wanted:
+        _refuse(f"{stage} does not hold the projections of its block, each with its outputs")
+
+
+def _check_tables(layout: Layout) -> None:
+    """The embedding, and a head of its own that is kept by outputs."""
+    spec = layout.spec
+    tables = {"embedding"} | ({HEAD_MATRIX} & layout.shapes.keys()) - layout.segments.keys()
+    for name in sorted(tables):
+        shape = layout.shapes.get(name)
+        if shape is None:
+            _refuse(f"it lacks {name}")
+        size = shape.rows, shape.columns
+        if not shape.output_major or size != (
+            spec.vocabulary,
+            padded(spec.hidden, shape.format.columns),
+        ):
+            _refuse(f"{name} is no table of {spec.vocabulary} tokens by {spec.hidden} features")
+    if HEAD_MATRIX not in layout.shapes and spec.head != spec.embedding:
+        _refuse("it lacks the output head")

@@ -1,0 +1,65 @@
+"""What one block family is: the fields that differ between families, each with its commonest value."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Norms of a block by the role they play (see struct acttail_block), for the two ways of naming them.
+TWO_NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+FOUR_NORMS = {
+    "input_norm": "input_layernorm", "attention_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm", "output_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+
+GATED = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
+FUSED = frozenset({"qkv", "o", "gate_up", "down"})
+GATELESS = frozenset({"q", "k", "v", "o", "fc1", "fc2"})
+
+
+def no_window(config: Any, index: int) -> int:
+    """Every block sees everything."""
+    return 0
+
+
+def every_window(config: Any, index: int) -> int:
+    """Every block sees the config's sliding window, if there is one."""
+    return int(config.sliding_window or 0)
+
+
+def typed_window(config: Any, index: int) -> int:
+    """The blocks that the config calls sliding see its window, the others everything."""
+    sliding = config.layer_types[index] == "sliding_attention"
+    return int(config.sliding_window or 0) if sliding else 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """A block family, in terms of transformers' modules and configs.
+
+    Attributes:
+        norms: role -> module of the block.
+        norm_eps: config key of the norms' epsilon.
+        norm_shift: added to every norm's weight.
+        layer_norm: LayerNorm with weight and bias instead of RMSNorm.
+        projections: kinds of the block's projections (see :class:`Projection`).
+        activation: config keys of the MLP's activation, the first that is set.
+        window: (config, block) -> positions a token sees, itself included; 0 for all.
+        embedding_scale: config -> factor of the embedding.
+        attention_scalar: config key of what the scores are divided by the root of; None for the size
+            of a head.
+        attention_softcap: config key of the bound on the scores; None for none.
+        logit_softcap: config key of the bound on the logits; None for none.
+    """
+
+    norms: Mapping[str, str]
+    norm_eps: str = "rms_norm_eps"
+    norm_shift: float = 0.0
+    layer_norm: bool = False
+    projections: frozenset[str] = GATED
+    activation: tuple[str, ...] = ("hidden_act",)
+    window: Callable[[Any, int], int] = no_window
+    embedding_scale: Callable[[Any], float] = lambda config: 1.0
+    attention_scalar: str | None = None
+    attention_softcap: str | None = None
+    logit_softcap: str | None = None

@@ -1,0 +1,88 @@
+"""The engine of native kernels: a whole token in one call."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from acttail.engine.accounting import read_share
+from acttail.engine.base import Engine
+from acttail.engine.config import EngineConfig
+from acttail.engine.native import NativeDecoder
+from acttail.engine.prefill import Prefill
+from acttail.engine.protocol import Sequence
+from acttail.engine.sequence import NativeSequence
+from acttail.engine.store import Packed
+from acttail.engine.tune import dense_kernels
+from acttail.plan import SparsityPlan
+from acttail.sparse.policy import PrefillPolicy
+
+
+class NativeEngine(Engine):
+    """Packed weights in the hands of the native kernels.
+
+    Attributes:
+        packed: the weights.
+        config: what was asked for.
+        policy: which tokens of a prompt are sparse.
+        threads: that decode.
+        decoder: that runs them.
+    """
+
+    name = "native"
+
+    def __init__(
+        self, packed: Packed, plan: SparsityPlan | None, config: EngineConfig, *, tokenizer: Any = None,
+        eos: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.config, self.policy = config, config.policy(packed.policy)
+        self.packed, self.plan, self.tokenizer, self.eos = packed, plan, tokenizer, eos
+        self.dtype, self.context = packed.layout.dtype, packed.layout.spec.context
+        self.vocabulary = packed.layout.spec.vocabulary
+        self.source = packed.layout.source
+        self.threads: int = config.threads or torch.get_num_threads()
+        kv = config.kv(packed.layout.format).name
+        self.decoder = NativeDecoder(
+            packed, plan, self.threads, kv, dense_kernels(packed.layout, plan)
+        )
+        self._prefill = Prefill(self.decoder)
+
+    def new_sequence(self, capacity: int | None = None) -> NativeSequence:
+        """See :meth:`TokenEngine.new_sequence`."""
+        size = min(self.context, 8192) if capacity is None else capacity
+        return NativeSequence(self.decoder, self._prefill, self.policy, size)
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """See :meth:`TokenEngine.keeps_prefixes`.
+
+        Not under a policy that treats a prompt's tokens unlike decoded ones: what was decoded would not
+        be what a prompt computes.
+        """
+        return self.plan is None or self.policy.name == "all"
+
+    def read_share(self, sequence: Sequence) -> float:
+        """See :meth:`TokenEngine.read_share`; counted by the kernels."""
+        assert isinstance(sequence, NativeSequence)  # noqa: S101
+        return read_share(self.packed.layout, sequence.weights_read)
+
+    def with_plan(
+        self, plan: SparsityPlan | None, *, threads: int | None = None, kv_dtype: str | None = None,
+        prefill: str | PrefillPolicy | None = None,
+    ) -> "NativeEngine":  # fmt: skip
+        """The same weights in memory under another plan; costs milliseconds.
+
+        Args:
+            plan: made for this model; None for dense.
+            threads: that decode; as before by default.
+            kv_dtype: of the KV cache; as before by default.
+            prefill: which tokens of a prompt are sparse; as before by default.
+
+        Raises:
+            PlanError: the plan was made for another model.
+        """
+        config = replace(
+            self.config, threads=threads or self.threads, prefill=prefill or self.policy,
+            kv_dtype=kv_dtype or self.config.kv_dtype,
+        )  # fmt: skip
+        return NativeEngine(self.packed, plan, config, tokenizer=self.tokenizer, eos=self.eos)

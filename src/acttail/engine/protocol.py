@@ -1,0 +1,131 @@
+"""What every engine is: token ids in, logits out. Knows no text, no file and no particular engine."""
+
+import collections.abc
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+
+from acttail.errors import ActTailError
+from acttail.plan import SparsityPlan
+
+
+class Sequence(Protocol):
+    """A sequence of any engine: what has been fed, with a KV cache of its own.
+
+    Attributes:
+        capacity: tokens it may hold.
+    """
+
+    capacity: int
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        ...
+
+    def check(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens [n] as int64, if they can be fed.
+
+        Raises:
+            ActTailError: there are none, the sequence has no room for them, or an id is not in the
+                vocabulary.
+        """
+        ...
+
+    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append tokens [n], as :meth:`check` takes them.
+
+        Returns:
+            [vocabulary] float32 logits after the last one; valid until the sequence is fed again.
+        """
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        ...
+
+
+# What a step is made of: sequences of one engine, each with the tokens [n] that come next in it.
+Batch = collections.abc.Sequence[tuple[Sequence, torch.Tensor]]
+
+
+def common_length(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Length of the common beginning of two runs of tokens [n] and [m]."""
+    n = min(len(a), len(b))
+    differ = (a[:n] != b[:n]).nonzero()
+    return int(differ[0]) if len(differ) else n
+
+
+class TokenEngine(ABC):
+    """A model that continues token ids.
+
+    Attributes:
+        name: ``native`` or ``transformers``: what runs.
+        reason: why it is not the native one, None if it is.
+        plan: in use, None for dense.
+        dtype: of the weights.
+        context: longest sequence, in tokens.
+        vocabulary: ids there are, and logits of a token.
+        source: name of the model.
+        eos: ids that end a sequence.
+        threads: that decode, None if the engine leaves that to torch.
+    """
+
+    name: str
+    reason: str | None = None
+    plan: SparsityPlan | None
+    dtype: str
+    context: int
+    vocabulary: int
+    source: str
+    eos: frozenset[int]
+    threads: int | None = None
+
+    @abstractmethod
+    def new_sequence(self, capacity: int | None = None) -> Sequence:
+        """An empty sequence, independent of all others.
+
+        Args:
+            capacity: tokens it may hold; the model's context (at most 8,192) by default.
+        """
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether a sequence that one request has left is what another would compute for its beginning."""
+        return False
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Append tokens to sequences, and say what comes next in each.
+
+        Here one sequence after the other; an engine that can read its weights once for all of them
+        says so by a method of its own.
+
+        Args:
+            batch: (sequence, tokens [n]), each sequence once. Several tokens are a prompt, one is
+                decoded.
+
+        Returns:
+            [sequences, vocabulary] float32 logits after the last token of each; valid until one of
+            the sequences is fed again.
+
+        Raises:
+            ActTailError: some tokens cannot be fed (see :meth:`Sequence.check`), a sequence is there
+                twice, or there is none; no sequence has changed then.
+        """
+        if len({id(sequence) for sequence, _ in batch}) != len(batch) or not batch:
+            raise ActTailError("a step takes at least one sequence, and each of them once")
+        if len(batch) == 1:
+            ((sequence, tokens),) = batch
+            return sequence.feed(tokens)[None]
+        for sequence, tokens in batch:
+            sequence.check(tokens)
+        return torch.stack([sequence.feed(tokens) for sequence, tokens in batch])
+
+    def read_share(self, sequence: Sequence) -> float:
+        """Share of the projections' weights that the last token decoded in a sequence read.
+
+        Args:
+            sequence: of this engine.
+        """
+        return 1.0 if self.plan is None else 1.0 - self.plan.realised_sparsity

@@ -1,0 +1,208 @@
+"""A plan on request: what was asked for instead of a plan file, and the one way it becomes a plan.
+
+Every command that takes ``--sparsity``, ``--max-kl`` or ``--max-loss`` opens its plan here. What was made for a model
+on disk is kept, so that the next start neither solves nor calibrates again.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from acttail.allocate import DEFAULT, AllocationContext, check_head, make_plan, needs_text
+from acttail.base.progress import Progress
+from acttail.calibrate.calibration import Calibration
+from acttail.calibrate.selftext import sample_text
+from acttail.calibrate.text import Text
+from acttail.engine import kept_plans
+from acttail.errors import ActTailError
+from acttail.evaluate.quality import (
+    HELD_OUT_TOKENS,
+    Limit,
+    QualityPlan,
+    check_limit,
+    plan_for_quality,
+)
+from acttail.maths.budget import check_target
+from acttail.model.opened import Opened
+from acttail.model.weights import LoadedWeights
+from acttail.plan import SparsityPlan
+from acttail.sparse.apply import densify_
+from acttail.sparse.state import sparse_state
+
+# What is asked to say what goes on: (what) -> a context that gives a progress.
+Stages = Callable[[str], AbstractContextManager[Progress | None]]
+# Of a budget that is to meet a limit.
+FOR_QUALITY = "sensitivity"
+
+
+def silent(what: str) -> AbstractContextManager[Progress | None]:
+    """Stages of which nothing is said."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is to be; one of `sparsity`, `max_loss` and `max_kl` says how sparse.
+
+    Attributes:
+        sparsity: model sparsity in [0, 0.99].
+        max_loss: most that the loss may rise on held-out text, nats per token.
+        max_kl: most KL divergence from the dense model there, nats per token.
+        allocator: name of the rule; by default ``acttail``, and ``sensitivity`` under a limit.
+        arguments: overrides of the rule's defaults; ``curves`` among them names a file.
+        rule: which entries stay; the allocator's own by default.
+        head: whether the output head is in the budget; None leaves it to the allocator.
+        text: calibration text; None samples it from the model, where it is needed.
+        tokens: of the text that are used.
+        dtype: of the model that calibrates.
+        loading: further arguments of :meth:`acttail.model.opened.Opened.load`, such as a device map.
+
+    Raises:
+        ActTailError: not one of the three, or an unknown allocator, argument or rule.
+        BudgetError: a number out of range.
+    """
+
+    sparsity: float | None = None
+    max_loss: float | None = None
+    max_kl: float | None = None
+    allocator: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    rule: str | None = None
+    head: bool | None = None
+    text: Text | None = None
+    tokens: int = 4096
+    dtype: str = "bfloat16"
+    loading: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.sparsity, self.max_loss, self.max_kl) if v is not None]
+        if len(given) != 1:
+            raise ActTailError("a plan is asked for by one of sparsity, max_loss and max_kl")
+        if self.sparsity is not None:
+            check_target(self.sparsity)
+        else:
+            check_limit(given[0])
+        if self.allocator is None:
+            chosen = DEFAULT if self.sparsity is not None else FOR_QUALITY
+            object.__setattr__(self, "allocator", chosen)
+        check_head(self.name, self.head)
+        needs_text(self.name, self.arguments, self.rule)
+
+    @property
+    def name(self) -> str:
+        """Of the allocator."""
+        return str(self.allocator)
+
+    @property
+    def limit(self) -> tuple[Limit, float] | None:
+        """What is limited, and to how many nats; None where the sparsity is given."""
+        if self.max_loss is not None:
+            return "loss", self.max_loss
+        return None if self.max_kl is None else ("kl", self.max_kl)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it takes a loaded model and text."""
+        return self.limit is not None or needs_text(self.name, self.arguments, self.rule)
+
+    @property
+    def _curves_there(self) -> bool:
+        """Whether the file of curves that is named is there to be read."""
+        path = self.arguments.get("curves")
+        return bool(path) and Path(str(path)).exists()
+
+    @property
+    def writes_curves(self) -> bool:
+        """Whether a file of curves is named that is to be written."""
+        return bool(self.arguments.get("curves")) and not self._curves_there
+
+    @property
+    def key(self) -> str:
+        """Digest of all that the plan depends on, the model apart."""
+        curves = self.arguments.get("curves", "")
+        asked = {
+            "sparsity": self.sparsity, "limit": self.limit, "allocator": self.name, "rule": self.rule,
+            "head": self.head, "arguments": {k: str(v) for k, v in self.arguments.items() if k != "curves"},
+            "curves": hashlib.sha256(Path(curves).read_bytes()).hexdigest() if self._curves_there else None,
+        }  # fmt: skip
+        if self.calibrated:
+            content = None if self.text is None else self.text.content
+            asked |= {
+                "text": content and hashlib.sha256(content.encode()).hexdigest(), "tokens": self.tokens,
+                "dtype": self.dtype,
+            }  # fmt: skip
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RequestedPlan:
+    """What became of a request.
+
+    Attributes:
+        plan: that was asked for.
+        quality: what was measured on the way, where a limit was given and the plan was not kept.
+        kept: whether an earlier start made it.
+    """
+
+    plan: SparsityPlan
+    quality: QualityPlan | None = None
+    kept: bool = False
+
+
+def requested(
+    model: Opened, request: PlanRequest, stages: Stages = silent, *, fresh: bool = False
+) -> RequestedPlan:
+    """The plan that was asked for, kept from an earlier start or made now.
+
+    Args:
+        model: opened; loaded only if the plan is calibrated.
+        request: what was asked.
+        stages: told what goes on.
+        fresh: make it, whatever is kept.
+
+    Raises:
+        BudgetError: the sparsity is out of reach, or no sparsity meets the limit.
+        ModelError: the model cannot be read.
+        TextError: the text is too short.
+    """
+    found = None
+    if not fresh and not request.writes_curves:
+        found = kept_plans.read(kept_plans.place_of(model, request.key))
+    if found is not None:
+        return RequestedPlan(found, kept=True)
+    made = make(model, request, stages)
+    # With curves that are there now, it is the request of the next start.
+    kept_plans.keep(kept_plans.place_of(model, request.key), made.plan)
+    return made
+
+
+def make(model: Opened, request: PlanRequest, stages: Stages = silent) -> RequestedPlan:
+    """Make the plan that was asked for; as :func:`requested`, but nothing is read and nothing kept."""
+    named: dict[str, Any] = {
+        "allocator": request.name, "arguments": request.arguments, "rule": request.rule, "head": request.head,
+    }  # fmt: skip
+    if not request.calibrated:
+        assert request.sparsity is not None  # noqa: S101
+        with stages("planning") as progress:
+            return RequestedPlan(make_plan(model, request.sparsity, progress=progress, **named))
+    with stages(f"loading {model.name}") as progress:
+        lm, tokenizer = model.load(dtype=request.dtype, progress=progress, **request.loading)
+    if sparse_state(lm) is not None:
+        densify_(lm)  # what is measured is the model, not a plan that it carries
+    with stages("calibrating") as progress:
+        text = request.text
+        if text is None:
+            tokens = request.tokens + (HELD_OUT_TOKENS if request.limit else 0)
+            text = sample_text(lm, tokenizer, tokens=tokens, progress=progress)
+        calibration = Calibration(lm, tokenizer, text, tokens=request.tokens, progress=progress)
+        context = AllocationContext(LoadedWeights(lm), progress=progress, calibration=calibration)
+        if request.limit is None:
+            assert request.sparsity is not None  # noqa: S101
+            return RequestedPlan(make_plan(None, request.sparsity, context=context, **named))
+        metric, limit = request.limit
+        quality = plan_for_quality(context, limit, metric=metric, **named)
+    return RequestedPlan(quality.plan, quality)

@@ -1,0 +1,1 @@
+"""The one way a model is opened: its name, config, weights and projections."""

@@ -1,0 +1,1 @@
+"""Sparse models for others: folders with a card, the Hub, other formats."""

@@ -1,0 +1,1 @@
+"""Sparse models: selection rules, the modules that apply them, prefill policies, operators."""

@@ -1,0 +1,1 @@
+"""Spectra of weights and the heavy-tail exponents fitted to them."""
