@@ -57,7 +57,7 @@ def test_notebook_runs(tmp_path):
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
     client = nbclient.NotebookClient(
         notebook,
-        timeout=300,
+        timeout=900,  # a cell; the machine may be slow, and busy with other tests
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path)}},
     )

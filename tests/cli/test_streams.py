@@ -31,6 +31,8 @@ COMMANDS = {
     "chat": ("model", "--max-new-tokens", "4"),
     "convert": ("model", "-o", "packed"),
     "tune": ("model",),
+    "adapt": ("model", "--plan", "plan.json", "--text", "text.txt", "--tokens", "256", "--window", "16", "--steps", "1",
+              "--batch", "1", "--held-out", "64", "--train", "bias", "-o", "adapted"),
     "save": ("model", "--plan", "plan.json", "-o", "saved"),
     "export": ("plan.json", "-o", "exported"),
     "doctor": (),

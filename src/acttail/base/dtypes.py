@@ -1,6 +1,8 @@
 """Floating-point widths by name. Both spellings are taken everywhere: torch's and the short one."""
 
 FLOATS = ("float32", "bfloat16", "float16")
+# bfloat16 where the device multiplies it, else float32; acttail.model.precision says which.
+FAST = "fast"
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _LONG = {short: name for name, short in _SHORT.items()}
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from acttail.base.dtypes import FAST
 from acttail.cli.console import out, print_json, say, with_error
 from acttail.cli.dtypes import Dtype
 from acttail.cli.judge import calibration_text as read_calibration_text
@@ -56,7 +57,7 @@ def compare(
     tokens: Tokens = None,
     window: Window = 1024,
     stride: Stride = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = FAST,
     prefill: Prefill = None,
     metrics: Metrics = "perplexity",
     output: ResultFile = None,

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from acttail.base.dtypes import FAST
 from acttail.cli.console import out, print_json
 from acttail.cli.dtypes import Dtype
 from acttail.cli.judge import check_windows, option, text_of
@@ -19,7 +20,7 @@ def critical(
     rule: Annotated[str, typer.Option(help="topk or top-p.")] = "topk",
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use.", min=2)] = 4096,
     window: Window = 1024,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = FAST,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:

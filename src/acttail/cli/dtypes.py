@@ -4,15 +4,17 @@ from typing import Annotated
 
 import typer
 
-from acttail.base.dtypes import FLOATS, short_name, torch_name
+from acttail.base.dtypes import FAST, FLOATS, short_name, torch_name
 from acttail.cli.judge import option
 from acttail.errors import ActTailError
 
 
 def _float(value: str) -> str:
     name = torch_name(value)
-    if name not in ("auto", *FLOATS):
-        raise ActTailError(f"--dtype: unknown dtype {value!r}: use auto, {', '.join(FLOATS)}")
+    if name not in ("auto", FAST, *FLOATS):
+        raise ActTailError(
+            f"--dtype: unknown dtype {value!r}: use auto, {FAST}, {', '.join(FLOATS)}"
+        )
     return name
 
 
@@ -41,7 +43,13 @@ def _either(value: str | None) -> str | None:
     return short_name(value)
 
 
-Dtype = Annotated[str, typer.Option(help="bfloat16, float32, float16, or auto.", callback=_float)]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="fast (bfloat16 where the device multiplies it, else float32), bfloat16, float32, float16, or auto.",
+        callback=_float,
+    ),
+]
 EngineDtype = Annotated[
     str,
     typer.Option(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from acttail.base.dtypes import FAST
 from acttail.cli.console import out, print_json, say, with_error
 from acttail.cli.dtypes import AnyDtype
 from acttail.cli.engines import check_engine, open_engine
@@ -159,7 +160,7 @@ def _on_transformers(
     from acttail.sparse.apply import sparsify_
     from acttail.sparse.policy import PrefillPolicy
 
-    lm, tokenizer = load_model(asked.model, asked.dtype or "bfloat16", **loading)
+    lm, tokenizer = load_model(asked.model, asked.dtype or FAST, **loading)
     if asked.plan is not None:
         sparsify_(lm, asked.plan, prefill=PrefillPolicy.choose(asked.prefill))
     row: dict[str, Any] = {}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from acttail.base.dtypes import FAST
 from acttail.cli.console import out, print_json, say
 from acttail.cli.diff import diff
 from acttail.cli.dtypes import Dtype
@@ -69,7 +70,7 @@ def plan(
     calibration_text: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 4096,
     curves: Curves = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = FAST,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     output: Annotated[

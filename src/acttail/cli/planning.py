@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from acttail.base.dtypes import FAST
 from acttail.cli.console import note
 from acttail.cli.judge import (
     calibration_text,
@@ -53,7 +54,7 @@ _TOKENS = 4096
 def request_of(
     *, sparsity: float | None = None, max_loss: float | None = None, max_kl: float | None = None,
     allocator: str | None = None, rule: str | None = None, head: bool | None = None, pairs: list[str] | None = None,
-    curves: str | None = None, text: str | None = None, tokens: int = _TOKENS, dtype: str = "bfloat16",
+    curves: str | None = None, text: str | None = None, tokens: int = _TOKENS, dtype: str = FAST,
     device_map: str | None = None, max_memory: str | None = None,
 ) -> "PlanRequest":  # fmt: skip
     """Judge what a plan is to be.

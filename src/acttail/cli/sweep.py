@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from acttail.base.dtypes import FAST
 from acttail.cli.console import print_json, say
 from acttail.cli.dtypes import Dtype
 from acttail.cli.judge import calibration_text as read_calibration_text
@@ -56,7 +57,7 @@ def sweep(
     curves: Curves = None,
     tokens: Tokens = None,
     window: Window = 1024,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = FAST,
     prefill: Prefill = None,
     metrics: Metrics = "perplexity,kl,top1",
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,

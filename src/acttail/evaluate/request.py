@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from acttail.allocate import DEFAULT, AllocationContext, check_head, make_plan, needs_text
+from acttail.base.dtypes import FAST
 from acttail.base.progress import Progress
 from acttail.calibrate.calibration import Calibration
 from acttail.calibrate.selftext import sample_text
@@ -75,7 +76,7 @@ class PlanRequest:
     head: bool | None = None
     text: Text | None = None
     tokens: int = 4096
-    dtype: str = "bfloat16"
+    dtype: str = FAST
     loading: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

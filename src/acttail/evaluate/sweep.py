@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from acttail.base.distribute import runner
-from acttail.base.dtypes import torch_name
+from acttail.base.dtypes import FAST, torch_name
 from acttail.base.files import check_ending, check_folder, finite, replacing, write_json
 from acttail.base.progress import Progress
 from acttail.calibrate.calibration import Calibration
 from acttail.errors import ActTailError, BudgetError
 from acttail.evaluate.perplexity import perplexity
 from acttail.model.load import load
+from acttail.model.precision import fast_dtype
 from acttail.model.weights import LoadedWeights
 from acttail.sparse.apply import densify_, sparsify_
 
@@ -51,7 +52,7 @@ class SweepSpec:
         tokens: tokens to score, None for all.
         window: tokens per window.
         prefill: the prefill policy.
-        dtype: of the model.
+        dtype: of the model; ``fast`` becomes what it is on this machine.
         metrics: see :func:`acttail.perplexity`.
     """
 
@@ -62,12 +63,15 @@ class SweepSpec:
     tokens: int | None = None
     window: int = 1024
     prefill: str = "all"
-    dtype: str = "bfloat16"
+    dtype: str = FAST
     metrics: tuple[str, ...] = ("perplexity", "kl", "top1")
 
     def __post_init__(self) -> None:
         # Either spelling finds the cells that are done.
-        object.__setattr__(self, "dtype", torch_name(self.dtype))
+        name = torch_name(self.dtype)
+        object.__setattr__(
+            self, "dtype", str(fast_dtype()).removeprefix("torch.") if name == FAST else name
+        )
 
 
 def cells(

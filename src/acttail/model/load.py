@@ -27,8 +27,9 @@ def load(
     Args:
         model: Hub id, folder, GGUF file, or the alias ``smollm2-135m``; or what
             :func:`acttail.model.opened.open_model` made, whose revision and trust then count.
-        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16``, ``float16``, their short
-            names ``fp32``, ``bf16``, ``fp16``, or a dtype.
+        dtype: ``auto`` (the checkpoint's own), ``fast`` (bfloat16 where the device multiplies it, else
+            float32), ``float32``, ``bfloat16``, ``float16``, their short names ``fp32``, ``bf16``, ``fp16``,
+            or a dtype.
         revision: Hub revision.
         trust_remote_code: run code that the model's repository ships; off unless you say so.
         device: where to put it.

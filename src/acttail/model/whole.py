@@ -4,26 +4,36 @@ from typing import Any
 
 import torch
 
-from acttail.base.dtypes import FLOATS, torch_name
+from acttail.base.dtypes import FAST, FLOATS, torch_name
 from acttail.base.files import cache_dir, cannot_write
 from acttail.base.progress import Progress
 from acttail.errors import ActTailError, ModelError
 from acttail.model.contents import check_report
 from acttail.model.hf import dequantised, reading, refused_code, tied_parameters
 from acttail.model.names import ModelSource
+from acttail.model.precision import fast_dtype
 from acttail.model.weights import StoredWeights
 
 
-def dtype_of(name: str | torch.dtype) -> str | torch.dtype:
+def dtype_of(
+    name: str | torch.dtype, device: str | torch.device = "cpu", *, spread: bool = False
+) -> str | torch.dtype:
     """A torch dtype, or ``auto``.
+
+    Args:
+        name: ``auto``, ``fast`` (what the device multiplies fastest), or a dtype.
+        device: where the model is to be.
+        spread: over the devices there are, accelerators first, instead.
 
     Raises:
         ModelError: no such dtype.
     """
     if not isinstance(name, str) or name == "auto":
         return name
+    if name == FAST:
+        return fast_dtype("cuda" if spread and torch.cuda.is_available() else device)
     if torch_name(name) not in FLOATS:
-        raise ModelError(f"unknown dtype {name!r}: use auto, {', '.join(FLOATS)}")
+        raise ModelError(f"unknown dtype {name!r}: use auto, {FAST}, {', '.join(FLOATS)}")
     found: torch.dtype = getattr(torch, torch_name(name))
     return found
 
