@@ -43,7 +43,7 @@ demo: install
 	$(BIN)/python scripts/demo.py
 
 test: install
-	$(BIN)/python -m pytest -n 2 -m "not slow and not network"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not network"
 
 lint: install
 	$(BIN)/ruff check .
@@ -54,7 +54,7 @@ types: install
 	$(BIN)/mypy
 
 check: lint types
-	$(BIN)/python -m pytest -n 2 -m "slow and not network"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not network"
 	VENV=$(VENV) scripts/check_native.sh
 	VENV=$(VENV) scripts/check_wheel.sh
 

@@ -50,5 +50,10 @@ def llama():
     return build("llama")
 
 
+def pytest_collection_modifyitems(items):
+    """What takes minutes begins first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)

@@ -24,6 +24,7 @@ def blocks(page):
 
 
 @pytest.mark.slow
+@pytest.mark.first
 def test_tutorial_runs(tmp_path):
     if not (ROOT / "docs").exists():
         pytest.skip("no docs beside the tests")
@@ -50,6 +51,7 @@ def test_tutorial_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.first
 def test_notebook_runs(tmp_path):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")

@@ -272,7 +272,7 @@ def test_resume_after_a_stop_gives_the_same_curves():
 
 @pytest.mark.slow
 def test_kill_at_random_moments_and_resume(tmp_path):
-    """kill -9 twenty times, then run to the end: bit for bit the undisturbed curves."""
+    """kill -9 six times (scripts/kill.py: twenty), then run to the end: bit for bit the undisturbed curves."""
     code = f"""
 import sys
 sys.path[:0] = {[str(p) for p in Path(__file__).parents[:2]]!r}
@@ -295,7 +295,7 @@ measure(calibration(tiny(), 384)).save(sys.argv[1])
 
     run(tmp_path / "a", tmp_path / "a.safetensors")
     rng = np.random.default_rng(0)
-    for _ in range(20):
+    for _ in range(6):
         run(tmp_path / "b", tmp_path / "b.safetensors", kill_after=rng.uniform(0, 0.6))
     run(tmp_path / "b", tmp_path / "b.safetensors")
     a, b = (SensitivityCurves.load(tmp_path / f"{n}.safetensors") for n in "ab")

@@ -4,6 +4,7 @@ Started as a process of its own: it reads a JSON object a line (argv, env, stdin
 with the exit status, negative for a signal, or "hangs".
 """
 
+import contextlib
 import io
 import json
 import os
@@ -117,9 +118,25 @@ def _child(asked):
     os._exit(status)
 
 
-def _serve():
-    import transformers  # noqa: F401
+def _import_everything():
+    """What any command imports, once; a child would spend most of its time on it."""
+    import pkgutil
+    from importlib import import_module
 
+    import acttail
+
+    for module in pkgutil.walk_packages(acttail.__path__, "acttail."):
+        # Some need an extra that is not installed.
+        with contextlib.suppress(ImportError):
+            if not module.name.endswith("__main__"):
+                import_module(module.name)
+    import transformers.generation
+    import transformers.models.llama.modeling_llama
+    import transformers.tokenization_utils_fast  # noqa: F401
+
+
+def _serve():
+    _import_everything()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for line in sys.stdin:
