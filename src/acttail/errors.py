@@ -4,9 +4,21 @@ The command line prints that line and exits with status 2; a library user catche
 :class:`ActTailError` or one of its children.
 """
 
+# Of a line longer than both, the thing and the remedy.
+_BEGIN, _END = 1200, 300
+
 
 class ActTailError(Exception):
-    """Base of every error that acttail raises on purpose."""
+    """Base of every error that acttail raises on purpose; its text is one line, whatever names it quotes."""
+
+    def __str__(self) -> str:
+        # Files hold names, and libraries say things, with line ends and with a terminal's own commands.
+        line = " ".join(super().__str__().split())
+        if not line.isprintable():
+            line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        if len(line) > _BEGIN + _END:
+            line = f"{line[:_BEGIN]} ... {line[-_END:]}"
+        return line
 
 
 class ModelError(ActTailError):

@@ -214,6 +214,25 @@ def test_the_plan_of_a_gguf_goes_with_what_is_packed_of_it(tmp_path, tokenizer):
 
 
 @native
+def test_an_engine_under_another_plan_knows_its_model(folder, tmp_path, tokenizer):
+    write_gguf(tmp_path / "tiny.gguf", blocky(0), "Q4_0", tokenizer)
+    model, quantised = build("llama"), str(tmp_path / "tiny.gguf")
+    own, foreign = (make_plan(m, 0.5, allocator="uniform") for m in (model, build("llama", seed=1)))
+    of_file = make_plan(quantised, 0.5, allocator="uniform")
+    other_file = make_plan(blocky(1), 0.5, allocator="uniform")
+    engines = {
+        "model": Engine.from_model(model, dtype="int4"), "folder": Engine.from_pretrained(folder),
+        "checkpoint": Engine.from_pretrained(tmp_path / "model"), "kept": Engine.from_pretrained(tmp_path / "model"),
+        "kept, with sketches": Engine.from_pretrained(tmp_path / "model", own), "gguf": Engine.from_pretrained(quantised),
+    }  # fmt: skip
+    for name, engine in engines.items():
+        mine, strange = (of_file, other_file) if name == "gguf" else (own, foreign)
+        assert engine.with_plan(None).with_plan(mine).plan == mine, name
+        with pytest.raises(PlanError, match=r"the weights of .* differ"):
+            engine.with_plan(None).with_plan(strange)
+
+
+@native
 def test_a_folder_of_before_the_sketches_takes_any_plan_that_fits(folder, tmp_path):
     (folder / "sketches.json").unlink()
     plan = make_plan(build("llama", seed=1), 0.5, allocator="uniform")

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 # A dataclass of a format has `__pydantic_config__ = STRICT`: no key that is not known, no text for a number, no NaN.
 STRICT: Any = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+# For what others write, or what grows: as strict of what is read, and the rest is let be.
+OPEN: Any = STRICT | {"extra": "ignore"}
 
 # No file of ours is deeper; a deep one would exhaust the stack of whatever walks over it.
 _DEEPEST = 32

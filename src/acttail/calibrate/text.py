@@ -15,6 +15,7 @@ import torch
 
 from acttail.base.files import expanded
 from acttail.errors import TextError
+from acttail.model.tokenizing import asking
 
 # Topics of CPython's own help are dealt out by the hash of their name: two in five calibrate.
 _PYTHON_DOCS = ("python-docs:calibration", "python-docs:score", "python-docs")
@@ -140,10 +141,14 @@ def tokenize(text: Text, tokenizer: Any) -> torch.Tensor:
     """The whole text as one string of token ids, [n] int64, without special tokens.
 
     A window gets a BOS of its own where the tokenizer adds one; see :func:`windows`.
+
+    Raises:
+        ActTailError: there is no tokenizer, or it fails.
     """
-    ids = tokenizer(
-        text.content, add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
+    with asking(tokenizer):
+        ids = tokenizer(
+            text.content, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
     return torch.tensor(ids["input_ids"], dtype=torch.int64)
 
 
@@ -152,7 +157,8 @@ def bos_of(tokenizer: Any) -> int | None:
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:
         return None
-    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    with asking(tokenizer):
+        ids = tokenizer("a", add_special_tokens=True)["input_ids"]
     return int(bos) if ids and ids[0] == bos else None
 
 

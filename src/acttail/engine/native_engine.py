@@ -8,6 +8,7 @@ import torch
 from acttail.engine.accounting import read_share
 from acttail.engine.base import Engine
 from acttail.engine.config import EngineConfig
+from acttail.engine.known import Check
 from acttail.engine.native import NativeDecoder
 from acttail.engine.prefill import Prefill
 from acttail.engine.protocol import Sequence
@@ -33,10 +34,11 @@ class NativeEngine(Engine):
 
     def __init__(
         self, packed: Packed, plan: SparsityPlan | None, config: EngineConfig, *, tokenizer: Any = None,
-        eos: frozenset[int] = frozenset(),
+        eos: frozenset[int] = frozenset(), check: Check | None = None,
     ) -> None:  # fmt: skip
         self.config, self.policy = config, config.policy(packed.policy)
         self.packed, self.plan, self.tokenizer, self.eos = packed, plan, tokenizer, eos
+        self._check = check
         self.dtype, self.context = packed.layout.dtype, packed.layout.spec.context
         self.vocabulary = packed.layout.spec.vocabulary
         self.source = packed.layout.source
@@ -72,6 +74,9 @@ class NativeEngine(Engine):
     ) -> "NativeEngine":  # fmt: skip
         """The same weights in memory under another plan; costs milliseconds.
 
+        The plan's sketches are compared with the model's, as when it was opened; the first time they may have to be
+        taken from its file.
+
         Args:
             plan: made for this model; None for dense.
             threads: that decode; as before by default.
@@ -80,9 +85,21 @@ class NativeEngine(Engine):
 
         Raises:
             PlanError: the plan was made for another model.
+            ModelError: the model's file, which tells that, can no longer be read.
         """
+        if plan is not None and self._check is not None:
+            self._check(plan)
+        return self.with_own_plan(plan, threads=threads, kv_dtype=kv_dtype, prefill=prefill)
+
+    def with_own_plan(
+        self, plan: SparsityPlan | None, *, threads: int | None = None, kv_dtype: str | None = None,
+        prefill: str | PrefillPolicy | None = None,
+    ) -> "NativeEngine":  # fmt: skip
+        """:meth:`with_plan` for a plan made of this engine: its shapes are compared, its sketches are not."""
         config = replace(
             self.config, threads=threads or self.threads, prefill=prefill or self.policy,
             kv_dtype=kv_dtype or self.config.kv_dtype,
         )  # fmt: skip
-        return NativeEngine(self.packed, plan, config, tokenizer=self.tokenizer, eos=self.eos)
+        return NativeEngine(
+            self.packed, plan, config, tokenizer=self.tokenizer, eos=self.eos, check=self._check
+        )

@@ -13,6 +13,7 @@ from acttail.engine.base import Engine
 from acttail.engine.config import EngineConfig
 from acttail.engine.convert import Conversion, convert_in_memory
 from acttail.engine.describe import describe
+from acttail.engine.known import Known, KnownLater
 from acttail.engine.native import library
 from acttail.engine.native_engine import NativeEngine
 from acttail.engine.packed_weights import PackedWeights, Sketches, sketches_of, write_sketches
@@ -47,7 +48,8 @@ def from_model(
             conversion = Conversion(describe(model), weights, config, plan=plan)
             packed = convert_in_memory(conversion, progress, state.policy if state else None)
             eos = eos_of(model.generation_config, tokenizer)
-            return NativeEngine(packed, plan, config, tokenizer=tokenizer, eos=eos)
+            check = Known(weights).check
+            return NativeEngine(packed, plan, config, tokenizer=tokenizer, eos=eos, check=check)
         except (UnsupportedModelError, _NotAvailableError) as error:
             if native:
                 error.args = (f"{error}; leave out the native engine and transformers runs it",)
@@ -138,7 +140,8 @@ def _from_source(
         kept.keep(at, replace(packed, plan=opened.plan), tokenizer, eos)
         if plan is not None:
             _note_sketches(at, opened.weights)
-    return NativeEngine(packed, plan, config, tokenizer=tokenizer, eos=eos)
+    check = _known_later(model, at).check
+    return NativeEngine(packed, plan, config, tokenizer=tokenizer, eos=eos, check=check)
 
 
 def _kept(
@@ -161,7 +164,26 @@ def _kept(
         weights.check(plan)
     kept.touch(at)
     packed = replace(packed, layout=replace(packed.layout, source=model.name))
-    return NativeEngine(packed, plan or packed.plan, config, tokenizer=tokenizer, eos=eos)
+    check = _known_later(model, at).check
+    return NativeEngine(
+        packed, plan or packed.plan, config, tokenizer=tokenizer, eos=eos, check=check
+    )
+
+
+def _known_later(model: Opened, at: Path | None) -> KnownLater:
+    """What a model is known by, read when it is asked for: from what is kept of it, else from the model."""
+
+    def weights() -> WeightSource:
+        if at is not None and is_packed(at):
+            with suppress(ActTailError):
+                kept_ones = PackedWeights(model.name, at)
+                if kept_ones.sketches:
+                    return kept_ones
+        # Another than `model`, which would hold its file open as long as the engine lives.
+        again = Opened(model.source, model.asked, trust_remote_code=model.trust_remote_code)
+        return again.weights
+
+    return KnownLater(weights)
 
 
 def _note_sketches(at: Path, weights: WeightSource) -> Sketches:
@@ -185,4 +207,6 @@ def _from_folder(
     packed = read_folder(source.path)
     config.check_folder(source, packed.layout.dtype, packed.layout.head_dtype)
     tokenizer, eos = folder_tokenizer(source.path)
-    return NativeEngine(packed, plan or packed.plan, config, tokenizer=tokenizer, eos=eos)
+    return NativeEngine(
+        packed, plan or packed.plan, config, tokenizer=tokenizer, eos=eos, check=weights.check
+    )

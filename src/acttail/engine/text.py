@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from acttail.errors import ActTailError
+from acttail.model.tokenizing import asking
 
 # What a tokenizer's clean-up of spaces may still change at the end of a text: the patterns it replaces one
 # after the other (" .", " ' ", " n't" ...) have 29 characters together.
@@ -53,9 +53,11 @@ def encode(tokenizer: Any, prompt: str) -> torch.Tensor:
         prompt: the text.
 
     Raises:
-        ActTailError: there is no tokenizer, or the prompt is empty.
+        ActTailError: there is no tokenizer, it fails, or the prompt is empty.
     """
-    return _ids(_needed(tokenizer)(prompt)["input_ids"])
+    with asking(tokenizer):
+        ids = tokenizer(prompt)["input_ids"]
+    return _ids(ids)
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:
@@ -66,23 +68,16 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.
         messages: with ``role`` and ``content``, as the tokenizer's chat template takes them.
 
     Raises:
-        ActTailError: there is no tokenizer or no chat template, or the template refuses the messages.
+        ActTailError: there is no tokenizer or no chat template, the template refuses the messages, or one of them
+            fails.
     """
-    if not getattr(_needed(tokenizer), "chat_template", None):
-        raise ActTailError("this model has no chat template")
-    try:
+    with asking(tokenizer):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ActTailError("this model has no chat template")
         ids = tokenizer.apply_chat_template(
             [dict(m) for m in messages], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-    except TemplateError as error:
-        raise ActTailError(f"the chat template refuses the messages: {error}") from error
     return _ids(ids)
-
-
-def _needed(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise ActTailError("this engine has no tokenizer: give token ids")
-    return tokenizer
 
 
 def _ids(ids: list[int]) -> torch.Tensor:
@@ -122,7 +117,8 @@ class TextStream:
     def _decode(self, ids: list[int]) -> str:
         # Clean-up takes back spaces that were there a token ago; it is done on the whole text.
         extra = {"clean_up_tokenization_spaces": False} if self._cleans else {}
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, **extra))
+        with asking(self._tokenizer):
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True, **extra))
 
     def _advance(self, *, last: bool) -> str:
         if self.stopped:

@@ -77,7 +77,7 @@ class Variants:
         with self._lock:
             if key not in self._made:
                 other = replan(plan, key, self._curves) if key > 0 and plan is not None else None
-                self._made[key] = engine.with_plan(other)
+                self._made[key] = engine.with_own_plan(other)
             self._made.move_to_end(key)
             while len(self._made) > _KEPT:
                 self._made.popitem(last=False)  # jobs that run on it keep it alive

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Len
 
-from acttail.base.schema import Count, Name, NotNegative, SchemaError, Size, checked
+from acttail.base.schema import OPEN, Count, Name, NotNegative, SchemaError, Size, checked
 from acttail.errors import ModelError
 
 Blocks = Annotated[int, Ge(1), Le(512)]
@@ -27,7 +27,7 @@ _MOST_EXPERTS = 1 << 17
 class ConfigFields:
     """The fields by their names in config.json; None where a config leaves one out."""
 
-    __pydantic_config__ = {"extra": "ignore", "strict": True, "allow_inf_nan": False}  # noqa: RUF012
+    __pydantic_config__ = OPEN
 
     model_type: Name | None = None
     architectures: list[Name] | None = None

@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from acttail.errors import ModelError
@@ -64,14 +66,25 @@ Version = tuple[Path, int, int]
 
 def _version(path: Path) -> Version:
     """What names the contents of a file without reading them."""
-    about = path.stat()
+    with _reading(path):
+        about = path.stat()
     return path, about.st_size, about.st_mtime_ns
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 @functools.lru_cache(maxsize=2)
 def _open_gguf(*files: Version) -> Header:
     parts = [_read(path) for path, _, _ in files]
     first, count = parts[0], len(parts)
+    if not isinstance(first.get("general.architecture"), str):
+        raise ModelError(f"{first.path} does not say of which architecture it is; fetch it again")
     said = first.get("split.count", 0)
     if count == 1 and isinstance(said, int) and said > 1:
         raise ModelError(
@@ -104,17 +117,15 @@ def _open_gguf(*files: Version) -> Header:
 
 
 def _read(path: Path) -> Header:
-    try:
+    with _reading(path):
         return read_header(path)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 @functools.lru_cache(maxsize=16)
 def _content_hash(*files: Version) -> str:
     digest = hashlib.sha256()
     for path, _, _ in files:
-        with path.open("rb") as file:
+        with _reading(path), path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()

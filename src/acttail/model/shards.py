@@ -1,6 +1,6 @@
 """Weights straight from a folder of safetensors shards, one matrix in memory at a time."""
 
-import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from acttail.base.schema import OPEN, Name, SchemaError, checked, read_json
 from acttail.errors import ModelError, reason
 from acttail.model.contents import check_contents
 from acttail.model.hf import checkpoint_parts, is_custom_code, tied_parameters
@@ -25,6 +26,15 @@ class _Stored:
     file: Path
     kind: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What is read of a shard index; the annotations are its schema."""
+
+    __pydantic_config__ = OPEN
+
+    weight_map: dict[str, Name]
 
 
 class SafetensorsWeights:
@@ -179,10 +189,10 @@ def _shard_files(name: str, folder: Path) -> list[Path]:
         shards = [single]
     elif index.exists():
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted({folder / str(file) for file in names.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is not a shard index; fetch it again") from error
+            found = checked(_Index, read_json(index, "a shard index", error=ModelError))
+        except SchemaError as error:
+            raise ModelError(f"{index} is not a shard index: {error}; fetch it again") from None
+        shards = sorted({folder / file for file in found.weight_map.values()})
     else:
         shards = sorted(folder.glob("*.safetensors"))
     if not shards:
@@ -190,7 +200,8 @@ def _shard_files(name: str, folder: Path) -> list[Path]:
             f"{name} holds no safetensors ({folder}); convert the checkpoint (pickle is not read)"
         )
     for shard in shards:
-        if shard.resolve().parent != folder.resolve() and not shard.is_symlink():
+        # realpath, for resolve() fails on a link to itself.
+        if Path(os.path.realpath(shard)).parent != folder.resolve() and not shard.is_symlink():
             raise ModelError(f"the shard index of {folder} points outside of it: {shard}")
     return shards
 

@@ -118,22 +118,27 @@ def fill_whole(
         progress: called with (tensors done, tensors).
 
     Raises:
-        ModelError: a parameter is missing.
+        ModelError: a parameter is missing or of another shape.
     """
     chosen = torch.float32 if isinstance(dtype, str) else dtype
     tied = tied_parameters(skeleton)
     config = skeleton.config
-    names = list(skeleton.state_dict())
+    wanted = skeleton.state_dict()
     state: dict[str, torch.Tensor] = {}
-    for done, name in enumerate(names, 1):
+    for done, (name, parameter) in enumerate(wanted.items(), 1):
         same = [n for n in tied.get(name, ()) if n in state]
-        if not same:
-            state[name] = weights.tensor(name).to(chosen)
-        elif weights.apart(name, same[0]):  # whatever the config says
-            config.tie_word_embeddings = False
-            state[name] = weights.tensor(name).to(chosen)
+        if not same or weights.apart(name, same[0]):
+            if same:  # whatever the config says
+                config.tie_word_embeddings = False
+            value = weights.tensor(name)
+            if value.shape != parameter.shape:
+                raise ModelError(
+                    f"{name} of {weights.name} has shape {tuple(value.shape)}, by its config {tuple(parameter.shape)}; "
+                    "the config and the weights do not belong together"
+                )
+            state[name] = value.to(chosen)
         if progress is not None:
-            progress(done, len(names))
+            progress(done, len(wanted))
     with reading():
         model = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, dtype=chosen, **(spread or {})

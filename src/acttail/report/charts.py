@@ -152,7 +152,8 @@ def line_chart(
         out.append(
             f'<text class="tick" x="{_LEFT + 6}" y="{at - 5:.1f}">{escape(reference[0])}</text>'
         )
-    drawn = [(label, sorted(line)) for label, line in series.items() if line]
+    # By place alone: an error may be None, which has no order.
+    drawn = [(label, sorted(line, key=lambda p: p[:2])) for label, line in series.items() if line]
     labels = _spread([py(line[-1][1]) for _, line in drawn])
     for i, ((label, line), label_y) in enumerate(zip(drawn, labels, strict=True)):
         colour = COLOURS[i % len(COLOURS)]

@@ -15,15 +15,9 @@ from acttail.model.weights import WeightSource
 from acttail.plan import SparsityPlan, created_with, fingerprint
 from acttail.report.density import bins, histogram
 from acttail.report.page import Report
-from acttail.report.rows import is_speed
+from acttail.report.rows import NUMERIC, is_speed
 from acttail.spectrum.analysis import spectra
 from acttail.spectrum.tail import ESTIMATORS, check_estimator
-
-# Numbers of a sweep's table that the page uses.
-_NUMERIC = (
-    "sparsity", "realised_sparsity", "perplexity", "perplexity_stderr", "kl", "kl_stderr", "top1",
-    "top1_stderr", "scored", "windows", "window", "stride",
-)  # fmt: skip
 
 
 def report_of(
@@ -163,7 +157,7 @@ def _typed(row: Mapping[str | None, Any]) -> dict[str, Any]:
     if None in row or None in row.values():
         raise ValueError("a row is longer or shorter than the table's head")
     out: dict[str, Any] = {str(key): value or None for key, value in row.items()}
-    for key in _NUMERIC:
+    for key in NUMERIC:
         if out.get(key) is not None:
             out[key] = float(out[key])
     return out

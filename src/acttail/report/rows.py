@@ -4,28 +4,27 @@ A row may hold more: it is a record of how a number was made, and grows.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Len
 
-from acttail.base.schema import Name, NotNegative, SchemaError, Share, checked
+from acttail.base.schema import OPEN, Name, NotNegative, SchemaError, Share, checked
 
-_OPEN: Any = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
 _Number = Annotated[float, Gt(0)]
 _Tokens = Annotated[float, Ge(0)]  # a table's numbers are all floats
 
 
 @dataclass(frozen=True)
 class _Metric:
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     value: float
     stderr: NotNegative | None
 
 
 @dataclass(frozen=True)
 class _Task:
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     metrics: Annotated[dict[Name, _Metric], Len(1)]
 
 
@@ -33,7 +32,7 @@ class _Task:
 class _Quality:
     """A record of `compare`, `eval` or `sweep`; a number that was not finite is null."""
 
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     sparsity: Share = 0.0
     allocator: Name | None = None
     rule: Name | None = None
@@ -52,9 +51,13 @@ class _Quality:
     tasks: dict[Name, _Task] | None = None
 
 
+# What a table's text is read as numbers of.
+NUMERIC = frozenset(f.name for f in fields(_Quality)) - {"allocator", "rule", "tasks"}
+
+
 @dataclass(frozen=True)
 class _Ratio:
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     median: _Number
     low: _Number
     high: _Number
@@ -64,7 +67,7 @@ class _Ratio:
 class _Speed:
     """A record of `bench`."""
 
-    __pydantic_config__ = _OPEN
+    __pydantic_config__ = OPEN
     tokens_per_second: Annotated[dict[Name, _Number], Len(1)]
     ratios: dict[Name, _Ratio]
     sparsity: Share
