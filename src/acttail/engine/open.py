@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from acttail.base.memory import give_back
 from acttail.base.progress import Progress
 from acttail.engine import kept
 from acttail.engine.base import Engine
@@ -133,6 +134,7 @@ def _from_source(
     if rounded is not None:
         warnings.warn(rounded, ActTailWarning, stacklevel=4)
     tokenizer = opened.tokenizer()
+    give_back()
     packed = convert_in_memory(conversion, progress, opened.prefill)
     eos = eos_of(opened.generation_config, tokenizer)
     if at is not None:
@@ -151,8 +153,8 @@ def _kept(
     if at is None or not is_packed(at):
         return None
     try:
+        tokenizer, eos = _tokenizer_first(at)
         packed = read_folder(at)
-        tokenizer, eos = folder_tokenizer(at)
         weights = PackedWeights(model.name, at) if plan is not None else None
     except (ActTailError, OSError):
         kept.discard(at)
@@ -168,6 +170,13 @@ def _kept(
     return NativeEngine(
         packed, plan or packed.plan, config, tokenizer=tokenizer, eos=eos, check=check
     )
+
+
+def _tokenizer_first(folder: Path) -> tuple[Any, frozenset[int]]:
+    """A folder's tokenizer, whose making takes three times what it keeps: before the weights take their place."""
+    found = folder_tokenizer(folder)
+    give_back()
+    return found
 
 
 def _known_later(model: Opened, at: Path | None) -> KnownLater:
@@ -204,9 +213,9 @@ def _from_folder(
     assert isinstance(source, PackedSource)  # noqa: S101
     assert isinstance(weights, PackedWeights)  # noqa: S101
     weights.check(plan)
+    tokenizer, eos = _tokenizer_first(source.path)
     packed = read_folder(source.path)
     config.check_folder(source, packed.layout.dtype, packed.layout.head_dtype)
-    tokenizer, eos = folder_tokenizer(source.path)
     return NativeEngine(
         packed, plan or packed.plan, config, tokenizer=tokenizer, eos=eos, check=weights.check
     )
