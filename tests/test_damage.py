@@ -1,5 +1,6 @@
 """Damaged files of every format: used, or refused in one line. `scripts/fuzz.py` does the same for longer."""
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("resource", reason="children are forked")
+if not sys.platform.startswith("linux"):
+    pytest.skip("children are forked", allow_module_level=True)
+import resource
+
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import fuzz
 import fuzz_damage
@@ -16,10 +20,7 @@ from fuzz_formats import FORMATS, Format, Models
 from acttail.errors import ActTailError
 from acttail.sparse.backends import cpu
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are forked"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,25 @@ def test_what_is_damaged_is_used_or_refused(models, name):
     assert found.bad == {}
     assert found.counts["refused"] > 20
     assert found.counts["used"] > 0
+
+
+@pytest.mark.skipif(not cpu.status().available, reason="no native library")
+@pytest.mark.parametrize("name", FORMATS)
+def test_without_files_left_opening_is_one_line(models, tmp_path, name):
+    (sample, *_) = FORMATS[name].write(models, tmp_path)
+    ends = set()
+    for spare in (0, 1, 2, 3, 5, 8, 100):
+
+        def use(models, path, rng, spare=spare):
+            free = os.open(os.devnull, os.O_RDONLY)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, free + spare))
+            FORMATS[name].use(models, path, rng)
+
+        end, said = fuzz.forked(Format(FORMATS[name].write, use), models, sample, random.Random(0))
+        assert end in ("used", "refused"), (spare, said)
+        ends.add(end)
+    assert ends == {"used", "refused"}
 
 
 def crash(models, path, rng):

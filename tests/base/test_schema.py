@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 import pytest
 
-from acttail.base.schema import STRICT, Count, Name, SchemaError, Share, checked, parse, read_json
+from acttail.base.schema import (
+    STRICT,
+    Count,
+    Name,
+    SchemaError,
+    Share,
+    checked,
+    parse,
+    read_json,
+    read_kept,
+)
 from acttail.errors import ActTailError, PlanError
 
 
@@ -97,6 +107,18 @@ def test_files_are_named(tmp_path):
             read_json(missing, "a plan")
     path.write_text(json.dumps({"a": [1]}))
     assert read_json(path, "a plan") == {"a": [1]}
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", '{"name": 3}', '{"name": "a", "more": 1}', "\x00"]
+)
+def test_what_was_kept_and_is_damaged_is_not_there(tmp_path, text):
+    path = tmp_path / "kept.json"
+    if text is not None:
+        path.write_text(text)
+    assert read_kept(path, Part) is None
+    path.write_text('{"name": "a"}')
+    assert read_kept(path, Part) == Part("a")
 
 
 def test_the_package_does_not_import_what_it_may_not_need():

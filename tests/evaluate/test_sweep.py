@@ -52,6 +52,16 @@ def test_rows_hold_the_protocol(spec, tmp_path):
     same(rows, again)
 
 
+def test_a_damaged_cell_is_evaluated_again(spec, tmp_path):
+    wanted = WANTED[:3]
+    whole = sweep(spec, wanted, tmp_path / "out.csv")
+    kept = sorted((tmp_path / "out.csv.cells").iterdir())
+    kept[0].write_bytes(kept[0].read_bytes()[:50])
+    kept[1].write_text("[]")
+    same(whole, sweep(spec, wanted, tmp_path / "out.csv"))
+    assert all(json.loads(file.read_text()) for file in kept)
+
+
 def test_a_stopped_sweep_goes_on(spec, tmp_path, monkeypatch):
     whole = sweep(spec, WANTED, tmp_path / "whole.csv")
     real, ran = module.run_cell, []

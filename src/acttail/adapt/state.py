@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from acttail.adapt.parts import Part, values
-from acttail.base.files import cache_dir, replacing
+from acttail.base.files import cache_dir
+from acttail.base.tensors import write_tensors
 from acttail.errors import ActTailError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -109,11 +109,8 @@ class RunState:
         tensors |= {f"best.{name}": value for name, value in best.items()}
         with suppress(OSError, ActTailError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as temporary:
-                save_file(
-                    {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-                    temporary, metadata={"position": json.dumps(asdict(position))},
-                )  # fmt: skip
+            plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+            write_tensors(self.path, plain, {"position": json.dumps(asdict(position))})
 
     def remove(self) -> None:
         """The run has served."""

@@ -16,7 +16,6 @@ Where this departs from the original, and why:
 """
 
 import heapq
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ import torch
 from acttail.allocate.base import Allocation, Allocator, Needs
 from acttail.allocate.context import AllocationContext, Array, calibration_of
 from acttail.base.files import cache_dir, write_json
+from acttail.base.schema import read_kept
 from acttail.calibrate.calibration import Calibration
 from acttail.calibrate.probe import probing
 from acttail.calibrate.tape import BlockTape
@@ -138,11 +138,8 @@ def paths(calibration: Calibration, tokens: int) -> list[BlockPath]:
             model(input_ids=ids, use_cache=False)
         for index, projections in sorted(by_block.items()):
             file = folder / f"{index}.json"
-            path = None
-            if file.exists():
-                with suppress(ValueError, KeyError, TypeError):
-                    path = BlockPath(**json.loads(file.read_text()))
-            if path is None:
+            path = read_kept(file, BlockPath)
+            if path is None or path.names != [p.name for p in projections]:
                 path = _block_path(tape, index, projections, ks)
                 with suppress(OSError, ActTailError):
                     folder.mkdir(parents=True, exist_ok=True)

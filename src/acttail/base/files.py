@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from acttail.base.temporaries import temporary_file
 from acttail.errors import ActTailError
 
 
@@ -77,7 +78,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` if the body succeeds.
 
     On any failure, an interrupt or a full disk included, the temporary file is removed and what was
-    at `path` before stays as it was.
+    at `path` before stays as it was. What a killed process left is removed by the next that writes there.
 
     Raises:
         ActTailError: the file cannot be written; names it and the reason.
@@ -85,11 +86,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     temporary: Path | None = None
     try:
-        descriptor, name = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=target.suffix or ".tmp", dir=target.parent
-        )
-        os.close(descriptor)
-        temporary = Path(name)
+        temporary = temporary_file(target)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())

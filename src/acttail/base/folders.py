@@ -2,19 +2,16 @@
 
 import ctypes
 import errno
-import glob
-import hashlib
 import os
 import shutil
-import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 from acttail.base.files import cannot_write, make_ordinary
+from acttail.base.temporaries import temporary_folder
 from acttail.errors import ActTailError
 
 # linux/fs.h: exchange two names in one step (renameat2(2)).
@@ -46,8 +43,7 @@ def replacing_folder(path: str | os.PathLike[str], owned: tuple[str, ...]) -> It
         # Of "a/b/." and the like, too.
         target = target.absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        temporary = _temporary(target)
+        temporary = temporary_folder(target)
         yield temporary
         if target.exists():
             _carry(target, temporary, owned)
@@ -66,36 +62,6 @@ def replacing_folder(path: str | os.PathLike[str], owned: tuple[str, ...]) -> It
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _mark(target: Path) -> str:
-    """What the names of this machine's temporaries begin with; the process that made it follows."""
-    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-    return f".{target.name}.{host}-"
-
-
-def _temporary(target: Path) -> Path:
-    """An empty folder beside the target."""
-    return Path(tempfile.mkdtemp(prefix=f"{_mark(target)}{os.getpid()}-", dir=target.parent))
-
-
-def _sweep(target: Path) -> None:
-    """Remove the temporaries of processes of this machine that are no more."""
-    mark = _mark(target)
-    for left in target.parent.glob(f"{glob.escape(mark)}*"):
-        process = left.name.removeprefix(mark).partition("-")[0]
-        if process.isdigit() and not _alive(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def _carry(old: Path, new: Path, owned: tuple[str, ...]) -> None:
@@ -128,7 +94,7 @@ def _exchange(new: Path, old: Path) -> None:
             names = (os.fsencode(new), os.fsencode(old))
             if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
                 return
-    aside = _temporary(old)
+    aside = temporary_folder(old)
     old.rename(aside / old.name)
     try:
         new.rename(old)

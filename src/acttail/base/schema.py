@@ -116,6 +116,19 @@ def read_json(
         raise error(f"{path} is not {what}: {problem}") from None
 
 
+def read_kept(path: str | os.PathLike[str], kind: type[T]) -> T | None:
+    """What an earlier run kept in a JSON file; None, to be made again, if there is none or it is damaged.
+
+    Args:
+        path: the file.
+        kind: see :func:`checked`.
+    """
+    try:
+        return checked(kind, read_json(path, "what was kept"))
+    except (ActTailError, SchemaError):
+        return None
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a number of JSON")
 

@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from acttail.base.controls import clean
-from acttail.base.files import replacing
 from acttail.base.schema import Name, SchemaError, checked
+from acttail.base.tensors import write_tensors
 from acttail.errors import PlanError, reason
 from acttail.maths.curves import interpolator
 
@@ -42,10 +41,7 @@ class SensitivityCurves:
             ActTailError: the file cannot be written.
         """
         tensors = {f"curve.{name}": torch.from_numpy(c) for name, c in self.curves.items()}
-        with replacing(path) as temporary:
-            save_file(
-                {"grid": torch.from_numpy(self.grid), **tensors}, temporary, metadata=self.about
-            )
+        write_tensors(path, {"grid": torch.from_numpy(self.grid), **tensors}, self.about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SensitivityCurves":

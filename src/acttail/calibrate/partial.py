@@ -4,9 +4,9 @@ from contextlib import suppress
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from acttail.base.files import cache_dir, replacing
+from acttail.base.files import cache_dir
+from acttail.base.tensors import write_tensors
 from acttail.calibrate.energies import EnergySums
 from acttail.errors import ActTailError
 
@@ -40,8 +40,5 @@ class PartialSums:
         """Replace the file; a cache that cannot be written costs only the resume."""
         with suppress(OSError, ActTailError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path) as temporary:
-                scales = torch.tensor([sums.scale[n] for n in sums.sums], dtype=torch.float64)
-                save_file(
-                    {**sums.sums, "scale": scales}, temporary, metadata={"windows": str(done)}
-                )
+            scales = torch.tensor([sums.scale[n] for n in sums.sums], dtype=torch.float64)
+            write_tensors(self._path, {**sums.sums, "scale": scales}, {"windows": str(done)})

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from annotated_types import Len
 
 from acttail import _native
 from acttail.base.controls import clean
-from acttail.base.files import cache_dir, cache_lasts, write_json
+from acttail.base.files import cache_dir, cache_lasts, cannot_write, write_json
 from acttail.base.schema import STRICT, Count, SchemaError, checked, read_json
+from acttail.base.temporaries import sweep, temporary_folder
 from acttail.engine.config import EngineConfig
 from acttail.engine.light_tokenizer import LightTokenizer, write_light
 from acttail.engine.store import Packed, write_packed
-from acttail.errors import ActTailError, ActTailWarning
+from acttail.errors import ActTailError, ActTailWarning, reason
 from acttail.model.hf import quiet_transformers
 from acttail.model.names import ModelSource, is_packed
 from acttail.plan import SparsityPlan
@@ -129,13 +129,14 @@ def keep(place: Path, packed: Packed, tokenizer: object, eos: frozenset[int]) ->
     temporary: Path | None = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        sweep(place.parent)  # before the disk is asked what is free
         _make_room(allowed - packed.bytes)
         if shutil.disk_usage(place.parent).free < packed.bytes + _SPARE:
             warnings.warn(
                 "the disk is too full to keep the converted weights", ActTailWarning, stacklevel=2
             )
             return
-        temporary = Path(tempfile.mkdtemp(prefix=".keeping-", dir=place.parent))
+        temporary = temporary_folder(place)
         write_packed(temporary, packed)
         write_model_text(temporary, tokenizer, eos)
         if place.exists() and not is_packed(place):  # half removed
@@ -152,13 +153,22 @@ def keep(place: Path, packed: Packed, tokenizer: object, eos: frozenset[int]) ->
 
 
 def write_model_text(folder: Path, tokenizer: object, eos: frozenset[int]) -> None:
-    """Write what an .acttail folder holds beside weights: the tokenizer, and what ends a sequence."""
-    if isinstance(tokenizer, LightTokenizer):
-        tokenizer.save_pretrained(folder)
-    else:
-        with quiet_transformers():
-            tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
-        write_light(folder, tokenizer)
+    """Write what an .acttail folder holds beside weights: the tokenizer, and what ends a sequence.
+
+    Raises:
+        ActTailError: something of it cannot be written.
+    """
+    try:
+        if isinstance(tokenizer, LightTokenizer):
+            tokenizer.save_pretrained(folder)
+        else:
+            with quiet_transformers():
+                tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+            write_light(folder, tokenizer)
+    except (ActTailError, OSError):
+        raise
+    except Exception as error:  # tokenizers raises Exception itself
+        raise cannot_write(folder, reason(error)) from error
     write_json(folder / _ENDS, {"eos_token_id": sorted(eos)})
 
 

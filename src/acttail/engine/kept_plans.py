@@ -5,12 +5,13 @@ plans. ``ACTTAIL_CACHE_LIMIT=0`` keeps none.
 """
 
 import hashlib
-import json
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from acttail.base.files import cache_dir, cache_lasts
+from acttail.base.schema import read_kept
 from acttail.engine import kept
 from acttail.errors import ActTailError
 from acttail.model.names import HubSource
@@ -52,7 +53,8 @@ def read(place: Path | None) -> SparsityPlan | None:
     try:
         found = SparsityPlan.load(place)
     except ActTailError:
-        place.unlink(missing_ok=True)
+        with suppress(OSError):
+            place.unlink(missing_ok=True)
         return None
     kept.touch(place)
     return found
@@ -95,10 +97,8 @@ def count() -> int:
     return 0
 
 
-def _model_of(file: Path) -> str | None:
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        return str(json.loads(file.read_text(encoding="utf-8")).get("model"))
-    return None
+def _model_of(file: Path) -> str:
+    return str((read_kept(file, dict[str, Any]) or {}).get("model"))
 
 
 def _folder() -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from acttail.base.files import check_ending, replacing
+from acttail.base.tensors import write_tensors
 from acttail.engine import NativeEngine
 from acttail.engine.accounting import loaded_bytes, packed_bytes
 from acttail.evaluate.perplexity import PerplexityResult
@@ -101,12 +102,9 @@ def save_token_nll(path: str | os.PathLike[str], result: PerplexityResult) -> No
     Raises:
         ActTailError: another ending, or the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     suffix = check_ending(path, NLL_ENDINGS, "a table of losses")
-    with replacing(path) as temporary:
-        if suffix == ".npy":
-            with temporary.open("wb") as file:
-                np.save(file, result.token_nll.numpy())
-        else:
-            save_file({"nll": result.token_nll}, temporary)
+    if suffix == ".safetensors":
+        write_tensors(path, {"nll": result.token_nll})
+        return
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, result.token_nll.numpy())

@@ -18,6 +18,7 @@ from acttail.base.distribute import runner
 from acttail.base.dtypes import FAST, torch_name
 from acttail.base.files import check_ending, check_folder, finite, replacing, write_json
 from acttail.base.progress import Progress
+from acttail.base.schema import read_kept
 from acttail.calibrate.calibration import Calibration
 from acttail.errors import ActTailError, BudgetError
 from acttail.evaluate.perplexity import perplexity
@@ -209,19 +210,22 @@ def sweep(
     except OSError as error:
         raise ActTailError(f"cannot write {folder}: {error.strerror}") from error
     files = {_key(spec, cell): cell for cell in wanted}
-    todo = {key: cell for key, cell in files.items() if not (folder / f"{key}.json").exists()}
+    rows = {key: read_kept(folder / f"{key}.json", dict[str, Any]) for key in files}
+    todo = {key: cell for key, cell in files.items() if rows[key] is None}
     done = len(files) - len(todo)
     if progress is not None:
         progress(done, len(files))
     with runner(run_cell, jobs=jobs, ray_address=ray_address) as run:
         for key, row in run({key: (spec, cell) for key, cell in todo.items()}):
-            write_json(folder / f"{key}.json", finite(row))
+            rows[key] = finite(row)
+            write_json(folder / f"{key}.json", rows[key])
             done += 1
             if progress is not None:
                 progress(done, len(files))
-    rows = [json.loads((folder / f"{key}.json").read_text()) for key in files]
-    _write_table(target, rows)
-    return rows
+    # As the next sweep reads them: lists for tuples.
+    found: list[dict[str, Any]] = json.loads(json.dumps(list(rows.values())))
+    _write_table(target, found)
+    return found
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ transformers parses a GGUF in Python (20 s for SmolLM2-135M); from the copy the 
 """
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from acttail.base.files import cache_dir, cache_lasts
+from acttail.base.temporaries import temporary_folder
 from acttail.model.gguf_file import content_hash, gguf_files
 from acttail.model.hf import quiet_transformers
 from acttail.model.names import FolderSource, ModelSource
@@ -50,7 +50,7 @@ def keep_copy(source: ModelSource, model: Any, tokenizer: Any) -> ModelSource:
         return source
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        temporary = temporary_folder(folder)
     except OSError:
         return source  # a read-only home is no reason to fail
     try:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from acttail.base.files import cache_dir, replacing
+from acttail.base.files import cache_dir
+from acttail.base.tensors import write_tensors
 from acttail.errors import ActTailError
 from acttail.spectrum.esd import esd, farms_esd
 
@@ -41,8 +42,8 @@ def spectrum_of(weight: torch.Tensor, form: str, folder: Path | None) -> torch.T
                 return load_file(path)["eigenvalues"]
     values = farms_esd(weight) if form == "farms" else esd(weight)
     if path is not None:
-        with suppress(ActTailError), replacing(path) as temporary:
-            save_file({"eigenvalues": values}, temporary)
+        with suppress(ActTailError):
+            write_tensors(path, {"eigenvalues": values})
     return values
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from acttail._version import __version__
 from acttail.base.files import cache_dir, write_json
 from acttail.base.machine import processor_name
+from acttail.base.schema import read_kept
+from acttail.errors import ActTailError
 from acttail.model.projections import Projection
 
 # Sizes at which the rates are measured: two seconds in all, and large enough that the libraries work in
@@ -96,22 +99,15 @@ def measure() -> Rates:
 
 def rates() -> Rates:
     """The rates of this machine, from the cache or measured."""
-    import json
-
     path = cache_dir() / "rates.json"
     key = f"{processor_name()}, {torch.get_num_threads()} threads, acttail {__version__}"
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known = read_kept(path, dict[str, Rates]) or {}
     if key not in known:
-        known[key] = asdict(measure())
-        try:
+        known[key] = measure()
+        with suppress(OSError, ActTailError):  # measured again next time
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, known)
-        except Exception:  # noqa: S110 - measured again next time
-            pass
-    return Rates(**known[key])
+            write_json(path, {name: asdict(rates) for name, rates in known.items()})
+    return known[key]
 
 
 def matrix_bytes(d_out: int, d_in: int) -> int:

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from threadpoolctl import threadpool_limits
 
 from acttail.base.distribute import runner
-from acttail.base.files import cache_dir, replacing
+from acttail.base.files import cache_dir
 from acttail.base.progress import Progress
+from acttail.base.tensors import write_tensors
 from acttail.errors import ActTailError, SpectrumError
 from acttail.model.opened import open_model
 from acttail.model.weights import WeightSource
@@ -119,8 +120,8 @@ def shared_spectra(
         for name, values in run(todo):
             found[name] = torch.from_numpy(np.array(values))
             if store is not None:
-                with suppress(ActTailError), replacing(path(name)) as temporary:
-                    save_file({"eigenvalues": found[name]}, temporary)
+                with suppress(ActTailError):
+                    write_tensors(path(name), {"eigenvalues": found[name]})
             if progress is not None:
                 progress(len(found), total)
     return {p.name: found[p.name] for p in weights.projections}
