@@ -26,7 +26,7 @@ from acttail.cli.options import (
     NoHead,
     Set,
 )
-from acttail.cli.planning import opened_plan, request_of
+from acttail.cli.planning import AUTO, opened_plan, request_of
 from acttail.errors import ActTailError
 
 if TYPE_CHECKING:
@@ -58,6 +58,13 @@ def plan(
     allocator: Annotated[
         str | None, typer.Option(help="The rule that makes the budget; acttail by default.")
     ] = None,
+    auto: Annotated[
+        bool,
+        typer.Option(
+            "--auto",
+            help="Instead: try those that need nothing which is not given on the model, and take the best.",
+        ),
+    ] = False,
     rule: Annotated[
         str | None, typer.Option(help="Which entries stay: topk, wina, threshold or teal.")
     ] = None,
@@ -93,6 +100,10 @@ def plan(
     by_quality = max_loss is not None or max_kl is not None
     if sum((from_ is not None, by_quality, sparsity is not None and from_ is None)) > 1:
         raise ActTailError("give one of --sparsity, --max-loss, --max-kl and --from")
+    if auto and allocator is not None:
+        raise ActTailError("give one of --auto and --allocator")
+    if auto:
+        allocator = AUTO
     check_outputs(output)
     in_budget = head_of(head, no_head)
     if from_ is not None:

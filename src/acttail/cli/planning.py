@@ -44,9 +44,12 @@ MaxKl = Annotated[
 Allocator = Annotated[
     str | None,
     typer.Option(
-        help="The rule that makes the budget: acttail, under a limit sensitivity.", metavar="NAME"
+        help="The rule that makes the budget: acttail, under a limit sensitivity; auto tries several on the model.",
+        metavar="NAME",
     ),
 ]
+# Instead of an allocator: the best of several, tried on the model.
+AUTO = "auto"
 # What options have when they were not given.
 _TOKENS = 4096
 
@@ -63,7 +66,7 @@ def request_of(
         sparsity: of --sparsity.
         max_loss: of --max-loss.
         max_kl: of --max-kl.
-        allocator: of --allocator.
+        allocator: of --allocator; ``auto`` tries those that need nothing which is not given.
         rule: of --rule.
         head: of --head and --no-head.
         pairs: of --set.
@@ -95,6 +98,18 @@ def request_of(
         if limit is not None:
             with option(name):
                 check_limit(limit)
+    spread = check_spread(device_map, max_memory)
+    loading = {"device_map": device_map, "max_memory": spread} if device_map or spread else {}
+    if allocator == AUTO:
+        return _auto(
+            sparsity,
+            {"--rule": rule, "--set": pairs, "--head": head, **limits},
+            curves,
+            text,
+            tokens,
+            dtype,
+            loading,
+        )
     if allocator is None:
         if sparsity == 0 and curves is None:
             allocator = "uniform"  # there is nothing to share out
@@ -103,11 +118,34 @@ def request_of(
     check_head(allocator, head)
     arguments = given_curves({allocator: settings(pairs)}, curves)[allocator]
     calibrated = sees_text(allocator, arguments, rule) or sparsity is None
-    spread = check_spread(device_map, max_memory)
-    loading = {"device_map": device_map, "max_memory": spread} if device_map or spread else {}
     return PlanRequest(
         sparsity, max_loss, max_kl, allocator, arguments, rule, head,
         calibration_text(text, needed=calibrated), tokens, dtype, loading,
+    )  # fmt: skip
+
+
+def _auto(
+    sparsity: float | None, others: dict[str, Any], curves: str | None, text: str | None, tokens: int, dtype: str,
+    loading: dict[str, Any],
+) -> "PlanRequest":  # fmt: skip
+    """Judge what is asked beside the choice of an allocator."""
+    from acttail.evaluate.recommend import candidates
+    from acttail.evaluate.request import PlanRequest
+
+    for name, value in others.items():
+        if value:
+            raise ActTailError(f"{name} is about one allocator: name it with --allocator, not auto")
+    if sparsity == 0:
+        raise ActTailError(
+            "--sparsity: at 0 every plan is the dense model; there is nothing to choose"
+        )
+    if curves is not None and text is None:
+        raise ActTailError("--curves: allocators are tried on text: give --calibration-text too")
+    names = candidates(calibrated=text is not None)
+    arguments = given_curves({name: {} for name in names}, curves) if curves else {}
+    return PlanRequest(
+        sparsity, arguments={"curves": curves} if arguments else {}, tokens=tokens, dtype=dtype, loading=loading,
+        text=calibration_text(text, needed=False), candidates=names,
     )  # fmt: skip
 
 
@@ -161,6 +199,10 @@ def opened_plan(
 
 def _say(found: "RequestedPlan", asked: "PlanRequest") -> None:
     quality = found.quality
+    if found.recommendation is not None:
+        note(found.recommendation.reason)
+    elif found.kept and asked.candidates:
+        note(f"{found.plan.allocator}, chosen by an earlier start (--no-cache tries again)")
     if quality is not None:
         what = "loss rises by" if asked.max_loss is not None else "KL to dense is"
         note(

@@ -27,6 +27,12 @@ from acttail.evaluate.quality import (
     check_limit,
     plan_for_quality,
 )
+from acttail.evaluate.recommend import (
+    SAMPLED_TOKENS,
+    SAMPLED_WINDOW,
+    Recommendation,
+    recommend,
+)
 from acttail.maths.budget import check_target
 from acttail.model.opened import Opened
 from acttail.model.weights import LoadedWeights
@@ -61,6 +67,8 @@ class PlanRequest:
         tokens: of the text that are used.
         dtype: of the model that calibrates.
         loading: further arguments of :meth:`acttail.model.opened.Opened.load`, such as a device map.
+        candidates: allocators to try on held-out text, the best of which makes the plan (`allocator` stays None);
+            of :func:`acttail.evaluate.recommend.candidates`.
 
     Raises:
         ActTailError: not one of the three, or an unknown allocator, argument or rule.
@@ -78,6 +86,7 @@ class PlanRequest:
     tokens: int = 4096
     dtype: str = FAST
     loading: Mapping[str, Any] = field(default_factory=dict)
+    candidates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given = [v for v in (self.sparsity, self.max_loss, self.max_kl) if v is not None]
@@ -87,16 +96,30 @@ class PlanRequest:
             check_target(self.sparsity)
         else:
             check_limit(given[0])
+        if self.candidates:
+            self._check_candidates()
+            return
         if self.allocator is None:
             chosen = DEFAULT if self.sparsity is not None else FOR_QUALITY
             object.__setattr__(self, "allocator", chosen)
         check_head(self.name, self.head)
         needs_text(self.name, self.arguments, self.rule)
 
+    def _check_candidates(self) -> None:
+        """What a choice among allocators leaves open."""
+        for what, given in {
+            "a limit": self.limit, "an allocator": self.allocator, "a rule": self.rule, "a sparse head": self.head,
+            "arguments": {k for k in self.arguments if k != "curves"},
+        }.items():  # fmt: skip
+            if given:
+                raise ActTailError(f"where the allocator is chosen by trying, leave out {what}")
+        for name in self.candidates:
+            needs_text(name)
+
     @property
     def name(self) -> str:
-        """Of the allocator."""
-        return str(self.allocator)
+        """Of the allocator, or of those to choose from."""
+        return "|".join(self.candidates) or str(self.allocator)
 
     @property
     def limit(self) -> tuple[Limit, float] | None:
@@ -108,7 +131,11 @@ class PlanRequest:
     @property
     def calibrated(self) -> bool:
         """Whether it takes a loaded model and text."""
-        return self.limit is not None or needs_text(self.name, self.arguments, self.rule)
+        return (
+            bool(self.candidates)
+            or self.limit is not None
+            or needs_text(self.name, self.arguments, self.rule)
+        )
 
     @property
     def _curves_there(self) -> bool:
@@ -147,11 +174,13 @@ class RequestedPlan:
         plan: that was asked for.
         quality: what was measured on the way, where a limit was given and the plan was not kept.
         kept: whether an earlier start made it.
+        recommendation: what was tried, where the allocator was to be chosen and the plan was not kept.
     """
 
     plan: SparsityPlan
     quality: QualityPlan | None = None
     kept: bool = False
+    recommendation: Recommendation | None = None
 
 
 def requested(
@@ -194,6 +223,8 @@ def make(model: Opened, request: PlanRequest, stages: Stages = silent) -> Reques
         lm, tokenizer = model.load(dtype=request.dtype, progress=progress, **request.loading)
     if sparse_state(lm) is not None:
         densify_(lm)  # what is measured is the model, not a plan that it carries
+    if request.candidates:
+        return _chosen(lm, tokenizer, request, stages)
     with stages("calibrating") as progress:
         text = request.text
         if text is None:
@@ -207,3 +238,24 @@ def make(model: Opened, request: PlanRequest, stages: Stages = silent) -> Reques
         metric, limit = request.limit
         quality = plan_for_quality(context, limit, metric=metric, **named)
     return RequestedPlan(quality.plan, quality)
+
+
+def _chosen(lm: Any, tokenizer: Any, request: PlanRequest, stages: Stages) -> RequestedPlan:
+    """The plan of the candidate that costs least on text that none was calibrated on."""
+    assert request.sparsity is not None  # noqa: S101
+    calibrated = any(needs_text(name) for name in request.candidates)
+    text, size = request.text, {"tokens": request.tokens}
+    if not calibrated:
+        size = {"tokens": SAMPLED_TOKENS, "window": SAMPLED_WINDOW}
+    if text is None:
+        wanted = size["tokens"] + (HELD_OUT_TOKENS if calibrated else 0)
+        with stages("sampling text from the model") as progress:
+            text = sample_text(lm, tokenizer, tokens=wanted, progress=progress)
+    curves = {name: dict(request.arguments) for name in request.candidates if needs_text(name)}
+    with stages("trying allocators") as progress:
+        calibration = Calibration(lm, tokenizer, text, progress=progress, **size)
+        context = AllocationContext(LoadedWeights(lm), progress=progress, calibration=calibration)
+        found = recommend(
+            context, request.sparsity, request.candidates, arguments=curves, progress=progress
+        )
+    return RequestedPlan(found.best.plan, recommendation=found)
