@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "batch.hpp"
 #include "check.hpp"
 #include "guard.hpp"
 
@@ -29,6 +30,23 @@ Worker::Worker(const acttail_model& m)
       dot(static_cast<size_t>(dot_scratch(padded(m.hidden)))),
       masked(static_cast<size_t>(padded(m.hidden))) {}
 
+Angles::Angles(const std::vector<acttail_rope>& ropes) {
+  for (const acttail_rope& r : ropes) {
+    cosines.emplace_back(static_cast<size_t>(r.half));
+    sines.emplace_back(static_cast<size_t>(r.half));
+  }
+}
+
+void Angles::turn(const std::vector<acttail_rope>& ropes, int64_t position) {
+  for (size_t r = 0; r < ropes.size(); ++r) {
+    for (int64_t j = 0; j < ropes[r].half; ++j) {
+      const float angle = static_cast<float>(position) * ropes[r].inv_freq[j];
+      cosines[r][static_cast<size_t>(j)] = std::cos(angle) * ropes[r].scale;
+      sines[r][static_cast<size_t>(j)] = std::sin(angle) * ropes[r].scale;
+    }
+  }
+}
+
 }  // namespace acttail
 
 using acttail::Part;
@@ -46,7 +64,8 @@ acttail_engine::acttail_engine(const acttail_model& m, int threads)
       ropes(m.rope, m.rope + m.ropes),
       kernels(acttail::kernels()),
       pool(threads),
-      widest(0) {
+      widest(0),
+      angles(ropes) {
   for (int t = 0; t < threads; ++t) workers.push_back(std::make_unique<Worker>(m));
   for (const acttail_block& b : blocks) {
     for (const acttail_fused* f : {&b.qkv, &b.o, &b.gate_up, &b.down}) {
@@ -66,11 +85,9 @@ acttail_engine::acttail_engine(const acttail_model& m, int threads)
     head_selection.segment[0].dense_kernel = 1;
   }
   attended.resize(static_cast<size_t>(acttail::padded(m.heads * m.head_dim)));
-  for (const acttail_rope& r : ropes) {
-    cosines.emplace_back(static_cast<size_t>(r.half));
-    sines.emplace_back(static_cast<size_t>(r.half));
-  }
 }
+
+acttail_engine::~acttail_engine() = default;
 
 // Room for the attention to `capacity` positions, before threads that may not allocate need it.
 void acttail_engine::reserve(int64_t capacity) {
@@ -92,17 +109,15 @@ void acttail_engine::project(int t, Worker& w, const acttail_fused& fused, const
     if (first == last) continue;
     acttail::Rows mine{part.rows.index ? part.rows.index + first : nullptr, part.rows.x + first,
                        last - first, part.rows.first + first};
-    kernels.add_rows(*part.matrix, mine, part.begin, part.end, y + part.at, 1, 0);
+    kernels.add_rows(*part.matrix, mine, part.begin, part.end, y + part.at);
   }
 }
 
 // The sum over threads of columns begin .. begin + n, with the bias.
-void acttail_engine::collect(const acttail_fused& fused, int stage, int64_t begin, int64_t n,
+void acttail_engine::collect(const acttail_fused& fused, acttail::Sums sums, int64_t begin, int64_t n,
                              float* out) const {
-  std::memcpy(out, partial[stage].data() + begin, sizeof(float) * static_cast<size_t>(n));
-  for (int t = 1; t < pool.threads(); ++t) {
-    kernels.accumulate(out, partial[stage].data() + t * widest + begin, n);
-  }
+  std::memcpy(out, sums.first + begin, sizeof(float) * static_cast<size_t>(n));
+  for (int t = 1; t < pool.threads(); ++t) kernels.accumulate(out, sums.first + t * sums.stride + begin, n);
   if (fused.bias != nullptr) kernels.accumulate(out, fused.bias + begin, n);
 }
 
@@ -116,71 +131,107 @@ void acttail_engine::norm(const acttail_norm& n, const float* x, int64_t width, 
   }
 }
 
-void acttail_engine::add_to_stream(Worker& w, const acttail_fused& fused, int stage,
-                                   const acttail_norm& n) {
-  collect(fused, stage, 0, model.hidden, w.out.data());
-  norm(n, w.out.data(), model.hidden, w.out.data());
-  kernels.accumulate(w.stream.data(), w.out.data(), model.hidden);
+void acttail_engine::add_to_stream(const acttail_fused& fused, acttail::Sums sums, const acttail_norm& n,
+                                   float* out, float* stream) const {
+  collect(fused, sums, 0, model.hidden, out);
+  norm(n, out, model.hidden, out);
+  kernels.accumulate(stream, out, model.hidden);
+}
+
+void acttail_engine::activate(const acttail_block& b, acttail::Sums sums, float* inner) const {
+  collect(b.gate_up, sums, b.up_offset, model.intermediate, inner);
+  if (b.gate_offset >= 0) {
+    float* gate = inner + model.intermediate;
+    collect(b.gate_up, sums, b.gate_offset, model.intermediate, gate);
+    kernels.activate(gate, inner, model.intermediate, model.activation, inner);
+  } else {
+    kernels.activate(inner, nullptr, model.intermediate, model.activation, inner);
+  }
+}
+
+void acttail_engine::embed(int64_t token, std::vector<float>& stream) const {
+  kernels.decode_dot_row(model.embedding, token, stream.data());
+  if (model.embedding_scale != 1.0f) {
+    for (auto& v : stream) v *= model.embedding_scale;
+  }
+}
+
+namespace {
+
+// One head of q or k: collected, normed, rotated.
+void turned(const acttail_engine& e, const acttail_block& b, const acttail::Position& p, const acttail_norm& n,
+            int64_t offset, float* head) {
+  const int64_t d = e.model.head_dim;
+  std::fill(head, head + p.cache.width, 0.0f);
+  e.collect(b.qkv, p.qkv, offset, d, head);
+  e.norm(n, head, d, head);
+  if (b.rope < 0) return;
+  const size_t r = static_cast<size_t>(b.rope);
+  e.kernels.rope(head, p.angles.cosines[r].data(), p.angles.sines[r].data(), e.ropes[r].half);
+}
+
+}  // namespace
+
+void acttail_engine::make_entry(Worker& w, const acttail_block& b, const acttail::Position& p, int64_t group,
+                                float* key_scale, float* value_scale) const {
+  const int64_t d = model.head_dim, width = p.cache.width;
+  float* const head = w.heads.data();
+  turned(*this, b, p, b.k_norm, b.k_offset + group * d, head);
+  kernels.encode_kv(p.cache.format, head, width, w.key.data(), key_scale);
+  std::fill(head, head + width, 0.0f);
+  collect(b.qkv, p.qkv, b.v_offset + group * d, d, head);
+  kernels.encode_kv(p.cache.format, head, width, w.value.data(), value_scale);
+}
+
+void acttail_engine::keep_entry(const Worker& w, int64_t block, const acttail::Position& p, int64_t group,
+                                float key_scale, float value_scale) const {
+  acttail_cache& cache = p.cache;
+  const int64_t bytes = cache.position_bytes();
+  std::memcpy(cache.keys(block, group) + p.index * bytes, w.key.data(), static_cast<size_t>(bytes));
+  std::memcpy(cache.values(block, group) + p.index * bytes, w.value.data(), static_cast<size_t>(bytes));
+  if (cache.key_scales(block, group) == nullptr) return;
+  cache.key_scales(block, group)[p.index] = key_scale;
+  cache.value_scales(block, group)[p.index] = value_scale;
+}
+
+void acttail_engine::attend(Worker& w, const acttail_block& b, int64_t block, const acttail::Position& p,
+                            int64_t first, int64_t count, acttail::KvHead kv) const {
+  acttail_cache& cache = p.cache;
+  const int64_t d = model.head_dim, group = first / (model.heads / model.kv_heads);
+  kv.format = cache.format;
+  kv.width = cache.width;
+  kv.length = p.index + 1;
+  kv.first = b.window > 0 ? std::max<int64_t>(0, p.index + 1 - b.window) : 0;
+  kv.keys = cache.keys(block, group);
+  kv.values = cache.values(block, group);
+  kv.key_scale = cache.key_scales(block, group);
+  kv.value_scale = cache.value_scales(block, group);
+  float* const heads = w.heads.data();
+  for (int64_t i = 0; i < count; ++i) {
+    turned(*this, b, p, b.q_norm, b.q_offset + (first + i) * d, heads + i * cache.width);
+  }
+  kernels.attend(kv, heads, count, model.attention_scale, model.attention_softcap, w.scores.data(), w.out.data());
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(p.attended + (first + i) * d, w.out.data() + i * cache.width, sizeof(float) * static_cast<size_t>(d));
+  }
 }
 
 // The query heads of this thread. It makes the key and value they need itself; the thread with a group's
 // first query head also writes them into the cache, where nobody reads them before the next token.
-void acttail_engine::attention(int t, Worker& w, const acttail_block& b, int64_t index,
-                               acttail_cache& cache, int64_t position) {
-  const int64_t d = model.head_dim, per_kv = model.heads / model.kv_heads;
-  const int64_t first = model.heads * t / pool.threads();
+void acttail_engine::attention(int t, Worker& w, const acttail_block& b, int64_t block,
+                               const acttail::Position& p) {
+  const int64_t per_kv = model.heads / model.kv_heads;
   const int64_t last = model.heads * (t + 1) / pool.threads();
-  acttail::KvHead kv{};
-  kv.format = cache.format;
-  kv.width = cache.width;
-  kv.length = position + 1;
-  kv.first = b.window > 0 ? std::max<int64_t>(0, position + 1 - b.window) : 0;
-  kv.last_key = w.key.data();
-  kv.last_value = w.value.data();
-  const auto turn = [&](const acttail_norm& n, int64_t offset, float* head) {
-    std::fill(head, head + cache.width, 0.0f);
-    collect(b.qkv, kQkv, offset, d, head);
-    norm(n, head, d, head);
-    if (b.rope >= 0) {
-      kernels.rope(head, cosines[static_cast<size_t>(b.rope)].data(),
-                   sines[static_cast<size_t>(b.rope)].data(),
-                   ropes[static_cast<size_t>(b.rope)].half);
-    }
-  };
-  const int64_t bytes = cache.position_bytes();
-  float* const heads = w.heads.data();
   int64_t count = 0;
-  for (int64_t h = first; h < last; h += count) {
+  for (int64_t h = model.heads * t / pool.threads(); h < last; h += count) {
     const int64_t group = h / per_kv;
     count = std::min(last, (group + 1) * per_kv) - h;
-    turn(b.k_norm, b.k_offset + group * d, heads);
-    kernels.encode_kv(cache.format, heads, cache.width, w.key.data(), &kv.last_key_scale);
-    std::fill(heads, heads + cache.width, 0.0f);
-    collect(b.qkv, kQkv, b.v_offset + group * d, d, heads);
-    kernels.encode_kv(cache.format, heads, cache.width, w.value.data(), &kv.last_value_scale);
-    kv.keys = cache.keys(index, group);
-    kv.values = cache.values(index, group);
-    kv.key_scale = cache.key_scales(index, group);
-    kv.value_scale = cache.value_scales(index, group);
-    if (h == group * per_kv) {
-      std::memcpy(cache.keys(index, group) + position * bytes, w.key.data(),
-                  static_cast<size_t>(bytes));
-      std::memcpy(cache.values(index, group) + position * bytes, w.value.data(),
-                  static_cast<size_t>(bytes));
-      if (kv.key_scale != nullptr) {
-        cache.key_scales(index, group)[position] = kv.last_key_scale;
-        cache.value_scales(index, group)[position] = kv.last_value_scale;
-      }
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      turn(b.q_norm, b.q_offset + (h + i) * d, heads + i * cache.width);
-    }
-    kernels.attend(kv, heads, count, model.attention_scale, model.attention_softcap,
-                   w.scores.data(), w.out.data());
-    for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(attended.data() + (h + i) * d, w.out.data() + i * cache.width,
-                  sizeof(float) * static_cast<size_t>(d));
-    }
+    acttail::KvHead kv{};
+    make_entry(w, b, p, group, &kv.last_key_scale, &kv.last_value_scale);
+    kv.last_key = w.key.data();
+    kv.last_value = w.value.data();
+    if (h == group * per_kv) keep_entry(w, block, p, group, kv.last_key_scale, kv.last_value_scale);
+    attend(w, b, block, p, h, count, kv);
   }
 }
 
@@ -188,35 +239,25 @@ void acttail_engine::token(int t, acttail_cache& cache, int64_t token, int64_t p
                            float* logits) {
   Worker& w = *workers[static_cast<size_t>(t)];
   acttail::Barrier& barrier = pool.barrier();
-  kernels.decode_dot_row(model.embedding, token, w.stream.data());
-  if (model.embedding_scale != 1.0f) {
-    for (auto& v : w.stream) v *= model.embedding_scale;
-  }
+  const acttail::Position here{cache, position, angles, sums(kQkv), attended.data()};
+  embed(token, w.stream);
   for (int64_t i = 0; i < model.blocks; ++i) {
     const acttail_block& b = blocks[static_cast<size_t>(i)];
     norm(b.input_norm, w.stream.data(), model.hidden, w.normed.data());
     project(t, w, b.qkv, w.normed.data(), kQkv);
     barrier.wait();
-    attention(t, w, b, i, cache, position);
+    attention(t, w, b, i, here);
     barrier.wait();
     project(t, w, b.o, attended.data(), kOutput);
     barrier.wait();
-    add_to_stream(w, b.o, kOutput, b.attention_norm);
+    add_to_stream(b.o, sums(kOutput), b.attention_norm, w.out.data(), w.stream.data());
     norm(b.mlp_norm, w.stream.data(), model.hidden, w.normed.data());
     project(t, w, b.gate_up, w.normed.data(), kGateUp);
     barrier.wait();
-    float* up = w.inner.data();
-    collect(b.gate_up, kGateUp, b.up_offset, model.intermediate, up);
-    if (b.gate_offset >= 0) {
-      float* gate = up + model.intermediate;
-      collect(b.gate_up, kGateUp, b.gate_offset, model.intermediate, gate);
-      kernels.activate(gate, up, model.intermediate, model.activation, up);
-    } else {
-      kernels.activate(up, nullptr, model.intermediate, model.activation, up);
-    }
-    project(t, w, b.down, up, kDown);
+    activate(b, sums(kGateUp), w.inner.data());
+    project(t, w, b.down, w.inner.data(), kDown);
     barrier.wait();
-    add_to_stream(w, b.down, kDown, b.output_norm);
+    add_to_stream(b.down, sums(kDown), b.output_norm, w.out.data(), w.stream.data());
   }
   if (logits == nullptr) return;
   norm(model.final_norm, w.stream.data(), model.hidden, w.normed.data());
@@ -249,7 +290,7 @@ void acttail_engine::head(int t, Worker& w, float* logits) {
     for (int64_t at = first; at < end; at += kHeadColumns) {
       const int64_t to = std::min(at + kHeadColumns, end);
       std::fill(sums + at, sums + to, 0.0f);
-      for (const Part& part : parts) kernels.add_rows(m, part.rows, at, to, sums, 1, 0);
+      for (const Part& part : parts) kernels.add_rows(m, part.rows, at, to, sums);
     }
     first = std::min(first, vocabulary);
     std::memcpy(logits + first, sums + first, sizeof(float) * static_cast<size_t>(last - first));
@@ -260,14 +301,7 @@ void acttail_engine::head(int t, Worker& w, float* logits) {
 // One token of a sequence that has room for it: everything that is the same for all threads, then the token.
 void acttail_engine::step(acttail_cache& cache, int64_t token, float* logits) {
   const int64_t position = cache.length;
-  for (size_t r = 0; r < ropes.size(); ++r) {
-    const acttail_rope& rope = ropes[r];
-    for (int64_t j = 0; j < rope.half; ++j) {
-      const float angle = static_cast<float>(position) * rope.inv_freq[j];
-      cosines[r][static_cast<size_t>(j)] = std::cos(angle) * rope.scale;
-      sines[r][static_cast<size_t>(j)] = std::sin(angle) * rope.scale;
-    }
-  }
+  angles.turn(ropes, position);
   auto run = [&](int t) { this->token(t, cache, token, position, logits); };
   pool.run(run);
   cache.length = position + 1;
@@ -311,6 +345,37 @@ int acttail_engine_forward(acttail_engine* engine, acttail_cache* cache, const i
       engine->step(*cache, tokens[i], wanted ? logits + (all_logits ? i * vocabulary : 0) : nullptr);
     }
     if (read != nullptr) *read = engine->workers[0]->read;
+    return ACTTAIL_OK;
+  });
+}
+
+int acttail_engine_step(acttail_engine* engine, acttail_cache* const* caches, const int64_t* tokens, int64_t count,
+                        float* const* logits, double* read) {
+  if (engine == nullptr || caches == nullptr || tokens == nullptr || logits == nullptr || count < 1 ||
+      count > acttail::kMostTogether) {
+    return ACTTAIL_BAD_ARGUMENT;
+  }
+  if (!engine->pool.here()) return ACTTAIL_FAILED;
+  acttail::Row rows[acttail::kMostTogether];
+  int64_t capacity = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    acttail_cache* const cache = caches[i];
+    if (cache == nullptr || !cache->fits(engine->model) || tokens[i] < 0 || tokens[i] >= engine->model.vocabulary) {
+      return ACTTAIL_BAD_ARGUMENT;
+    }
+    const int64_t before = std::count(caches, caches + i, cache);
+    if (before >= cache->capacity - cache->length) return ACTTAIL_BAD_ARGUMENT;
+    rows[i] = {cache, tokens[i], cache->length + before, logits[i], 0};
+    capacity = std::max(capacity, cache->capacity);
+  }
+  return acttail::guarded([&] {
+    engine->reserve(capacity);
+    if (engine->batch == nullptr) engine->batch = std::make_unique<acttail::Batch>(*engine);
+    engine->batch->run(rows, count);
+    for (int64_t i = 0; i < count; ++i) {
+      ++rows[i].cache->length;
+      if (read != nullptr) read[i] = rows[i].read;
+    }
     return ACTTAIL_OK;
   });
 }

@@ -152,11 +152,18 @@ ACTTAIL_API int acttail_engine_forward(struct acttail_engine* engine, struct act
                                        const int64_t* tokens, int64_t count, int all_logits,
                                        float* logits, double* read);
 
+// Run 1 to 8 tokens in one pass, which reads and unpacks each weight once for all of them: token i is the next one of
+// caches[i], where several are of one cache the next ones in order. Each gets, bit for bit, what it would get alone.
+// logits[i] is [vocabulary] or null; read, if not null, receives how many weights each token would have read alone.
+ACTTAIL_API int acttail_engine_step(struct acttail_engine* engine, struct acttail_cache* const* caches,
+                                    const int64_t* tokens, int64_t count, float* const* logits, double* read);
+
 // Decode rows first .. last - 1 of an input-major matrix, columns begin .. end, to bfloat16 (or fp32)
 // [last - first][end - begin].
 ACTTAIL_API int acttail_decode_rows(const struct acttail_matrix* m, int64_t first, int64_t last,
                                     int64_t begin, int64_t end, int as_float, void* out, int threads);
-// y[b][j] += sum over the kept rows; see kernels.def. x is [count][batch].
+// y[b][j] += sum over the kept rows for 1 to 8 vectors that keep the same ones; see kernels.def. x is
+// [count][batch], y[b] begins `stride` entries after y[b - 1].
 ACTTAIL_API int acttail_add_rows(const struct acttail_matrix* m, const int32_t* index, const float* x,
                                  int64_t count, int64_t begin, int64_t end, float* y, int64_t batch,
                                  int64_t stride);

@@ -23,15 +23,59 @@ struct Worker {
   double read = 0;
 };
 
+// The rotations of one position: per rope table, [half] each.
+struct Angles {
+  explicit Angles(const std::vector<acttail_rope>& ropes);
+  void turn(const std::vector<acttail_rope>& ropes, int64_t position);
+  std::vector<std::vector<float>> cosines, sines;
+};
+
+// Partial sums of a stage, a part of each thread: of thread t from first + t * stride on.
+struct Sums {
+  const float* first;
+  int64_t stride;
+};
+
+// One token on its way through the blocks, as the attention sees it.
+struct Position {
+  acttail_cache& cache;
+  int64_t index;        // in the sequence
+  const Angles& angles;
+  Sums qkv;
+  float* attended;      // [heads * head_dim]
+};
+
+class Batch;
+
 }  // namespace acttail
 
 struct acttail_engine {
   acttail_engine(const acttail_model& m, int threads);
+  ~acttail_engine();
 
   // Allocates what tokens of a cache of this capacity need; `step` allocates nothing.
   void reserve(int64_t capacity);
   // One token; logits [vocabulary] or null.
   void step(acttail_cache& cache, int64_t token, float* logits);
+
+  // What threads do, of one token or of each of several.
+  void embed(int64_t token, std::vector<float>& stream) const;
+  void collect(const acttail_fused& fused, acttail::Sums sums, int64_t begin, int64_t n, float* out) const;
+  void norm(const acttail_norm& n, const float* x, int64_t width, float* y) const;
+  // Collects a stage, norms it and adds it to the stream; out is room for it.
+  void add_to_stream(const acttail_fused& fused, acttail::Sums sums, const acttail_norm& n, float* out,
+                     float* stream) const;
+  // What the MLP's activation makes of its first stage; inner has room for twice of it.
+  void activate(const acttail_block& b, acttail::Sums sums, float* inner) const;
+  // The key and value of one group of heads, as the cache has them, into w.key and w.value.
+  void make_entry(acttail::Worker& w, const acttail_block& b, const acttail::Position& p, int64_t group,
+                  float* key_scale, float* value_scale) const;
+  // Writes them into the cache, at the token's place.
+  void keep_entry(const acttail::Worker& w, int64_t block, const acttail::Position& p, int64_t group,
+                  float key_scale, float value_scale) const;
+  // Query heads first .. first + count - 1, all of one group, over what the cache holds and the last entry in kv.
+  void attend(acttail::Worker& w, const acttail_block& b, int64_t block, const acttail::Position& p, int64_t first,
+              int64_t count, acttail::KvHead kv) const;
 
   acttail_model model;
   std::vector<acttail_block> blocks;
@@ -44,16 +88,14 @@ struct acttail_engine {
   std::vector<float> attended;    // [heads * head_dim]
   acttail_fused head_selection;   // of a head without rows of its own: what of its input stays
   std::vector<float> head_sums;   // [columns] of a head with rows of its own
-  std::vector<std::vector<float>> cosines, sines;  // per rope table, of the current position
+  acttail::Angles angles;         // of the current position
+  std::unique_ptr<acttail::Batch> batch;  // made when several tokens are first run together
 
  private:
   // Everything of thread `t`. Partial products of the threads meet in `partial`.
   void token(int t, acttail_cache& cache, int64_t token, int64_t position, float* logits);
   void project(int t, acttail::Worker& w, const acttail_fused& fused, const float* x, int stage);
-  void collect(const acttail_fused& fused, int stage, int64_t begin, int64_t n, float* out) const;
-  void norm(const acttail_norm& n, const float* x, int64_t width, float* y) const;
-  void attention(int t, acttail::Worker& w, const acttail_block& b, int64_t index, acttail_cache& cache,
-                 int64_t position);
+  acttail::Sums sums(int stage) const { return {partial[stage].data(), widest}; }
+  void attention(int t, acttail::Worker& w, const acttail_block& b, int64_t block, const acttail::Position& p);
   void head(int t, acttail::Worker& w, float* logits);
-  void add_to_stream(acttail::Worker& w, const acttail_fused& fused, int stage, const acttail_norm& n);
 };

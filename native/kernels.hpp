@@ -12,10 +12,15 @@ namespace acttail {
 // Rows of a matrix that a sparse vector meets.
 struct Rows {
   const int32_t* index;  // ascending row numbers, or null for first, first + 1, ...
-  const float* x;        // [count][batch] factors
+  const float* x;        // [count] factors
   int64_t count;
   int64_t first;
 };
+
+// Vectors that add_rows_together takes at most, and the numbers it works with: 256 KB of sums beside as much of y,
+// so that the second-level cache holds both. More columns are taken in equal strips.
+constexpr int64_t kMostTogether = 8;
+constexpr int64_t kTogetherScratch = int64_t{1} << 16;
 
 struct Kernels {
   const char* name;  // of the instruction set

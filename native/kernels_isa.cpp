@@ -24,6 +24,12 @@ using namespace acttail;
 #endif
 #include "blocks.inc"
 #include "gemv.inc"
+#include "together.inc"
+#if defined(__AVX512VNNI__)
+#include "vnni_together.inc"
+#endif
+#include "blocks_together.inc"
+#include "add_together.inc"
 #include "attention.inc"
 
 #define ACTTAIL_JOIN_(a, b) a##b

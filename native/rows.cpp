@@ -61,12 +61,25 @@ int acttail_add_rows(const acttail_matrix* m, const int32_t* index, const float*
   if (m == nullptr || !acttail::usable(*m) || (x == nullptr && count > 0) || y == nullptr ||
       count < 0 || count > m->rows || begin < 0 || end < begin || end > m->columns ||
       begin % acttail::kFormatTraits[m->format].block ||
-      end % acttail::kFormatTraits[m->format].block || batch < 1 || batch > 8) {
+      end % acttail::kFormatTraits[m->format].block || batch < 1 || batch > acttail::kMostTogether) {
     return ACTTAIL_BAD_ARGUMENT;
   }
-  const acttail::Rows rows{index, x, count, 0};
-  acttail::kernels().add_rows(*m, rows, begin, end, y, batch, stride);
-  return ACTTAIL_OK;
+  if (batch == 1) {
+    acttail::kernels().add_rows(*m, {index, x, count, 0}, begin, end, y);
+    return ACTTAIL_OK;
+  }
+  return acttail::guarded([&] {
+    std::vector<float> own(static_cast<size_t>(count * batch));
+    std::vector<int32_t> scratch(static_cast<size_t>(acttail::kTogetherScratch));
+    acttail::Rows rows[acttail::kMostTogether];
+    for (int64_t b = 0; b < batch; ++b) {
+      float* const to = own.data() + b * count;
+      for (int64_t c = 0; c < count; ++c) to[c] = x[c * batch + b];
+      rows[b] = {index, to, count, 0};
+    }
+    acttail::kernels().add_rows_together(*m, rows, batch, begin, end, y, stride, scratch.data());
+    return ACTTAIL_OK;
+  });
 }
 
 int acttail_dot_rows(const acttail_matrix* m, const float* x, float* y) {

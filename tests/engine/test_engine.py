@@ -397,22 +397,37 @@ def test_sequences_do_not_disturb_each_other():
         assert torch.equal(expected, torch.stack(got))
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_a_step_of_several_sequences_is_each_of_them_alone(native):
+@pytest.mark.parametrize(
+    ("native", "dtype", "sparsity"),
+    [(False, "fp32", 0.5), (True, "fp32", 0.5)]
+    + [(True, dtype, s) for dtype in ("bf16", "int8", "int4") for s in (None, 0.3, 0.5, 0.9)],
+)
+def test_a_step_of_several_sequences_is_each_of_them_alone(native, dtype, sparsity):
     model = lively("llama")
-    engine = Engine.from_model(model, make_plan(model, 0.5), dtype="fp32", native=native)
-    prompts = [tokens(model, n, seed=n) for n in (3, 12, 1)]
+    plan = None if sparsity is None else make_plan(model, sparsity)
+    engine = Engine.from_model(model, plan, dtype=dtype, native=native, threads=2)
+    # Alone more than share one pass; prompts long and short, and two of one token.
+    prompts = [tokens(model, n, seed=n) for n in (3, 12, 1, 5, 2, 1, 4, 6, 3, 2)]
 
     def run(step):
         sequences = [engine.new_sequence(20) for _ in prompts]
         first = step(list(zip(sequences, prompts, strict=True)))
         later = [step([(s, torch.tensor([i + 5])) for s in sequences]) for i in range(3)]
-        return torch.stack([first, *later])
+        return torch.stack([first, *later]), [engine.read_share(s) for s in sequences]
 
-    together = run(lambda batch: engine.step(batch).clone())
-    alone = run(lambda batch: torch.stack([engine.step([one])[0].clone() for one in batch]))
-    assert together.shape == (4, 3, engine.vocabulary)
+    def one_by_one(batch):
+        # Token by token where the decoder runs short prompts; a longer one is a pass of its own anyway.
+        rows = []
+        for sequence, ids in batch:
+            pieces = ids.split(1) if native and len(ids) < 8 else [ids]
+            rows.append([engine.step([(sequence, piece)])[0].clone() for piece in pieces][-1])
+        return torch.stack(rows)
+
+    together, read = run(lambda batch: engine.step(batch).clone())
+    alone, read_alone = run(one_by_one)
+    assert together.shape == (4, 10, engine.vocabulary)
     assert torch.equal(together, alone)
+    assert read == read_alone
 
 
 @pytest.mark.parametrize("native", [True, False])

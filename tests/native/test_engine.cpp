@@ -116,6 +116,84 @@ void all_orders(Options o) {
   }
 }
 
+// Several tokens in one pass, some of one sequence, get bit for bit what each gets alone, and leave the same cache.
+void together(const Options& o) {
+  const Decoder d(o);
+  constexpr int64_t sequences = 4, steps = 3;
+  for (int threads : {1, 3}) {
+    acttail_engine* engine = nullptr;
+    if (acttail_engine_new(&d.model, threads, &engine) != ACTTAIL_OK) std::abort();
+    acttail_cache *alone[sequences], *joint[sequences];
+    for (int64_t i = 0; i < sequences; ++i) {
+      if (acttail_cache_new(engine, 20, &alone[i]) != ACTTAIL_OK || acttail_cache_new(engine, 20, &joint[i]) != ACTTAIL_OK) {
+        std::abort();
+      }
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      // The first sequence takes four tokens at once, as a prompt does; of the others each one.
+      std::vector<acttail_cache*> caches;
+      std::vector<int64_t> tokens;
+      std::vector<Run> expected, got;
+      for (int64_t i = 0; i < (step == 1 ? 2 : sequences); ++i) {
+        for (int64_t n = 0; n < (i == 0 ? 4 : 1); ++n) {
+          const int64_t token = (31 * step + 17 * i + 5 * n + 1) % Decoder::vocabulary;
+          Run run;
+          run.logits.resize(Decoder::vocabulary);
+          if (acttail_engine_forward(engine, alone[i], &token, 1, 0, run.logits.data(), &run.read)) std::abort();
+          expected.push_back(run);
+          got.push_back(Run{std::vector<float>(Decoder::vocabulary), 0});
+          caches.push_back(joint[i]);
+          tokens.push_back(token);
+        }
+      }
+      const int64_t count = static_cast<int64_t>(tokens.size());
+      std::vector<float*> logits;
+      std::vector<double> read(tokens.size());
+      for (Run& run : got) logits.push_back(run.logits.data());
+      logits[1] = nullptr;  // nobody asks
+      if (acttail_engine_step(engine, caches.data(), tokens.data(), count, logits.data(), read.data())) std::abort();
+      for (size_t i = 0; i < got.size(); ++i) {
+        if (i == 1) continue;
+        expect(std::memcmp(got[i].logits.data(), expected[i].logits.data(), sizeof(float) * Decoder::vocabulary) == 0,
+               "a token of a batch is not what it is alone", o);
+        expect(read[i] == expected[i].read, "weights read in a batch", o);
+      }
+    }
+    for (int64_t i = 0; i < sequences; ++i) {
+      expect(acttail_cache_length(alone[i]) == acttail_cache_length(joint[i]), "length after a batch", o);
+      acttail_cache_free(alone[i]);
+      acttail_cache_free(joint[i]);
+    }
+    acttail_engine_free(engine);
+  }
+}
+
+// What a batch must refuse leaves every cache as it was.
+void refused_batches() {
+  const Options o;
+  const Decoder d(o);
+  acttail_engine* engine = nullptr;
+  acttail_cache *one = nullptr, *two = nullptr;
+  if (acttail_engine_new(&d.model, 2, &engine) != ACTTAIL_OK || acttail_cache_new(engine, 2, &one) != ACTTAIL_OK ||
+      acttail_cache_new(engine, 4, &two) != ACTTAIL_OK) {
+    std::abort();
+  }
+  float* const none[9] = {};
+  const auto step = [&](std::vector<acttail_cache*> caches, std::vector<int64_t> tokens) {
+    return acttail_engine_step(engine, caches.data(), tokens.data(), static_cast<int64_t>(tokens.size()), none, nullptr);
+  };
+  expect(step({one, two, one, one}, {1, 2, 3, 4}) == ACTTAIL_BAD_ARGUMENT, "a batch that is longer than a cache", o);
+  expect(step({one, two}, {1, Decoder::vocabulary}) == ACTTAIL_BAD_ARGUMENT, "an unknown token in a batch", o);
+  expect(step({one, nullptr}, {1, 2}) == ACTTAIL_BAD_ARGUMENT, "no cache in a batch", o);
+  expect(step({}, {}) == ACTTAIL_BAD_ARGUMENT, "an empty batch", o);
+  expect(step(std::vector<acttail_cache*>(9, two), std::vector<int64_t>(9, 1)) == ACTTAIL_BAD_ARGUMENT, "nine rows", o);
+  expect(acttail_cache_length(one) == 0 && acttail_cache_length(two) == 0, "a refused batch", o);
+  expect(step({two, one, two}, {1, 2, 3}) == ACTTAIL_OK && acttail_cache_length(two) == 2, "a good batch", o);
+  acttail_cache_free(one);
+  acttail_cache_free(two);
+  acttail_engine_free(engine);
+}
+
 // Long enough for every path of the attention, and for sanitizers to see the threads at work.
 void long_run(const Options& o) {
   for (int threads : {1, 4}) {
@@ -325,27 +403,33 @@ int main() {
       o.format = format;
       o.rule = rule;
       against_truth(o);
+      together(o);
       long_run(o);
       o.layer_norm = true;
       o.gated = false;
       o.activation = ACTTAIL_GELU_ERF;
       against_truth(o);
+      together(o);
       o.layer_norm = false;
       o.gated = o.biased = o.one_scale = true;
       o.activation = ACTTAIL_GELU_TANH;
       against_truth(o);
+      together(o);
       all_orders(o);
       o.biased = false;
       all_orders(o);
       o.wina = true;
       o.activation = ACTTAIL_RELU;
       against_truth(o);
+      together(o);
       all_orders(o);
       o.mixed = true;
       against_truth(o);
+      together(o);
       all_orders(o);
       o.wina = false;
       against_truth(o);
+      together(o);
       all_orders(o);
     }
   }
@@ -354,9 +438,11 @@ int main() {
     o.kv = kv;
     o.layer_norm = true;
     against_truth(o);
+    together(o);
     long_run(o);
   }
   refusals();
+  refused_batches();
   malformed();
   forked();
   std::printf("engine (%s): %s\n", acttail_isa(), failures == 0 ? "ok" : "FAILED");

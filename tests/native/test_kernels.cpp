@@ -61,49 +61,77 @@ double bound(int32_t format, double magnitudes, double largest_x, double weights
   return 4e-6 * magnitudes + 1e-6 + (kFormatTraits[format].scaled ? largest_x / 30000 * weights : 0);
 }
 
+// Vectors with lists of their own, all rows and none among them, get bit for bit what each gets alone.
+void together(const Kernels& k, const Matrix& m, int64_t begin, int64_t end) {
+  std::vector<int32_t> scratch(static_cast<size_t>(kTogetherScratch));
+  const auto width = static_cast<size_t>(m.columns);
+  for (int64_t batch = 1; batch <= kMostTogether; ++batch) {
+    if (m.columns > 4096 && batch != 5) continue;  // more than the scratch holds at a time
+    // Out of 16: how many rows each vector keeps. All without a list; all; most; half; few.
+    for (uint32_t density : {17u, 16u, 15u, 8u, 2u}) {
+      std::vector<std::vector<int32_t>> index(static_cast<size_t>(batch));
+      std::vector<Floats> x;
+      std::vector<Rows> rows;
+      for (int64_t b = 0; b < batch; ++b) {
+        auto& own = index[static_cast<size_t>(b)];
+        const auto seed = static_cast<uint32_t>(b) + 40;
+        for (int64_t i = 0; i < m.rows; ++i) {
+          const uint32_t draw = decoder::mix(seed, density, 3, static_cast<uint32_t>(i)) % 16;
+          if (draw < density && !(b == 2 && density == 8)) own.push_back(static_cast<int32_t>(i));
+        }
+        x.push_back(random_floats(m.rows, seed));
+        const bool listed = density < 17 && !(b == 1 && density == 15);
+        for (size_t i = 0; i < x.back().size(); i += 5) x.back()[i] = 0;  // kept, and still nothing to add
+        rows.push_back({listed ? own.data() : nullptr, x.back().data(),
+                        listed ? static_cast<int64_t>(own.size()) : m.rows, 0});
+      }
+      if (density == 17 && m.rows > 40) {
+        for (Rows& r : rows) r.first = 33, r.count = m.rows - 33;  // a thread's share
+      }
+      Floats got(width * static_cast<size_t>(batch), 0.5f), alone(got);
+      k.add_rows_together(m, rows.data(), batch, begin, end, got.data(), m.columns, scratch.data());
+      for (int64_t b = 0; b < batch; ++b) k.add_rows(m, rows[static_cast<size_t>(b)], begin, end, alone.data() + b * m.columns);
+      expect(got == alone, "add_rows_together", density);
+    }
+  }
+}
+
 void rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs, int64_t group) {
   const decoder::Weights w{3, 1, format, group, inputs, outputs};
   const decoder::Packed packed(std::vector<decoder::Weights>{w});
   const Matrix& m = packed.matrix;
   const size_t width = static_cast<size_t>(m.columns);
-  for (int64_t batch : {1, 3, 8}) {
-    for (int64_t step : {0, 1, 2, 7}) {  // 0: all rows, without a list
-      std::vector<int32_t> index;
-      for (int64_t i = step == 0 ? 0 : inputs / 5; i < inputs; i += std::max<int64_t>(1, step)) {
-        index.push_back(static_cast<int32_t>(i));
-      }
-      const int64_t count = static_cast<int64_t>(index.size());
-      const Floats x = random_floats(count * batch, 7);
-      Doubles truth(static_cast<size_t>(batch) * width);
-      double magnitudes = 0, weights = 0;
-      for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t o = 0; o < outputs; ++o) {
-          double sum = 0, sizes = 0, all = 0;
-          for (int64_t c = 0; c < count; ++c) {
-            const double v = w.value(index[static_cast<size_t>(c)], o);
-            const double factor = static_cast<double>(x[static_cast<size_t>(c * batch + b)]);
-            sum += v * factor;
-            sizes += (std::fabs(v) + (format == kInt4 ? 0.5 : 0)) * std::fabs(factor);
-            all += std::fabs(v) + (format == kInt4 ? 0.5 : 0);
-          }
-          truth[static_cast<size_t>(b) * width + static_cast<size_t>(o)] = 0.5 + sum;
-          magnitudes = std::max(magnitudes, sizes + 0.5);
-          weights = std::max(weights, all);
-        }
-      }
-      Floats got(truth.size(), 0.5f), plain(truth.size(), 0.5f);
-      const Rows list{step == 0 ? nullptr : index.data(), x.data(), count, 0};
-      k.add_rows(m, list, 0, m.columns, got.data(), batch, m.columns);
-      portable->add_rows(m, list, 0, m.columns, plain.data(), batch, m.columns);
-      for (int64_t b = 0; b < batch; ++b) {  // without the padding
-        const auto part = [&](const auto& v) {
-          const auto at = v.begin() + static_cast<long>(b * m.columns);
-          return std::decay_t<decltype(v)>(at, at + static_cast<long>(outputs));
-        };
-        compare("add_rows", inputs, part(got), part(plain), part(truth), bound(format, magnitudes, 1, weights));
-      }
+  for (int64_t step : {0, 1, 2, 7}) {  // 0: all rows, without a list
+    std::vector<int32_t> index;
+    for (int64_t i = step == 0 ? 0 : inputs / 5; i < inputs; i += std::max<int64_t>(1, step)) {
+      index.push_back(static_cast<int32_t>(i));
     }
+    const int64_t count = static_cast<int64_t>(index.size());
+    const Floats x = random_floats(count, 7);
+    Doubles truth(width);
+    double magnitudes = 0, weights = 0;
+    for (int64_t o = 0; o < outputs; ++o) {
+      double sum = 0, sizes = 0, all = 0;
+      for (int64_t c = 0; c < count; ++c) {
+        const double v = w.value(index[static_cast<size_t>(c)], o);
+        const double factor = static_cast<double>(x[static_cast<size_t>(c)]);
+        sum += v * factor;
+        sizes += (std::fabs(v) + (format == kInt4 ? 0.5 : 0)) * std::fabs(factor);
+        all += std::fabs(v) + (format == kInt4 ? 0.5 : 0);
+      }
+      truth[static_cast<size_t>(o)] = 0.5 + sum;
+      magnitudes = std::max(magnitudes, sizes + 0.5);
+      weights = std::max(weights, all);
+    }
+    Floats got(width, 0.5f), plain(width, 0.5f);
+    const Rows list{step == 0 ? nullptr : index.data(), x.data(), count, 0};
+    k.add_rows(m, list, 0, m.columns, got.data());
+    portable->add_rows(m, list, 0, m.columns, plain.data());
+    truth.resize(static_cast<size_t>(outputs));  // without the padding
+    compare("add_rows", inputs, got, plain, truth, bound(format, magnitudes, 1, weights));
   }
+  together(k, m, 0, m.columns);
+  if (m.columns > 64 && m.columns % 128 == 0) together(k, m, 64, m.columns);
   for (int64_t i : {int64_t{0}, inputs / 2, inputs - 1}) {
     Doubles truth;
     for (int64_t o = 0; o < outputs; ++o) truth.push_back(w.value(i, o));
@@ -149,34 +177,30 @@ void file_rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs
   const Matrix& m = file.matrix;
   const size_t width = static_cast<size_t>(m.columns);
   Floats row(width), same(width);
-  for (int64_t batch : {1, 3}) {
-    for (int64_t step : {0, 1, 3, 50}) {  // 0: all rows, without a list
-      std::vector<int32_t> index;
-      for (int64_t i = 0; i < inputs; i += std::max<int64_t>(1, step)) index.push_back(static_cast<int32_t>(i));
-      const int64_t count = static_cast<int64_t>(index.size());
-      const Floats x = random_floats(count * batch, 8);
-      Doubles truth(static_cast<size_t>(batch) * width, 0.5), sizes(truth.size());
-      for (int64_t c = 0; c < count; ++c) {
-        k.decode_row(m, index[static_cast<size_t>(c)], row.data());
-        portable->decode_row(m, index[static_cast<size_t>(c)], same.data());
-        expect(row == same, "decode_row", outputs);
-        for (int64_t b = 0; b < batch; ++b) {
-          const double factor = static_cast<double>(x[static_cast<size_t>(c * batch + b)]);
-          for (size_t j = 0; j < width; ++j) {
-            truth[static_cast<size_t>(b) * width + j] += factor * static_cast<double>(row[j]);
-            sizes[static_cast<size_t>(b) * width + j] += std::fabs(factor * static_cast<double>(row[j]));
-          }
-        }
+  for (int64_t step : {0, 1, 3, 50}) {  // 0: all rows, without a list
+    std::vector<int32_t> index;
+    for (int64_t i = 0; i < inputs; i += std::max<int64_t>(1, step)) index.push_back(static_cast<int32_t>(i));
+    const int64_t count = static_cast<int64_t>(index.size());
+    const Floats x = random_floats(count, 8);
+    Doubles truth(width, 0.5), sizes(truth.size());
+    for (int64_t c = 0; c < count; ++c) {
+      k.decode_row(m, index[static_cast<size_t>(c)], row.data());
+      portable->decode_row(m, index[static_cast<size_t>(c)], same.data());
+      expect(row == same, "decode_row", outputs);
+      const double factor = static_cast<double>(x[static_cast<size_t>(c)]);
+      for (size_t j = 0; j < width; ++j) {
+        truth[j] += factor * static_cast<double>(row[j]);
+        sizes[j] += std::fabs(factor * static_cast<double>(row[j]));
       }
-      // Steps of 1/8191 of the largest entry, fewer where many are of one size; tests/engine/test_blocks.py
-      // counts them.
-      const double limit = 1e-3 * *std::max_element(sizes.begin(), sizes.end()) + 1e-6;
-      check(k, "add_rows of a file's format", outputs, truth.size(), truth, limit, [&](const Kernels& kernels, float* y) {
-        const Rows rows{step == 0 ? nullptr : index.data(), x.data(), count, 0};
-        kernels.add_rows(m, rows, 0, m.columns, y, batch, m.columns);
-      });
     }
+    // Steps of 1/8191 of the largest entry, fewer where many are of one size; tests/engine/test_blocks.py
+    // counts them.
+    const double limit = 1e-3 * *std::max_element(sizes.begin(), sizes.end()) + 1e-6;
+    check(k, "add_rows of a file's format", outputs, truth.size(), truth, limit, [&](const Kernels& kernels, float* y) {
+      kernels.add_rows(m, {step == 0 ? nullptr : index.data(), x.data(), count, 0}, 0, m.columns, y);
+    });
   }
+  together(k, m, 0, m.columns);
 }
 
 void dots(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs, int64_t group) {

@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -253,13 +254,44 @@ class NativeDecoder:
             self.handle, cache, tokens.data_ptr(), tokens.numel(), int(every),
             logits.data_ptr() if logits is not None else None, ctypes.byref(read),
         )  # fmt: skip
-        if code == abi.BAD_ARGUMENT:
-            raise ActTailError(
-                "the sequence is longer than its KV cache, or a token id is not in the vocabulary"
-            )
         if code:
-            raise ActTailError(f"the native engine did not run the tokens: {abi.reason(code)}")
+            raise _not_run(code)
         return int(read.value)
+
+    def step(
+        self, caches: Sequence[int], tokens: Sequence[int], logits: Sequence[torch.Tensor | None]
+    ) -> list[int]:
+        """Run tokens in one pass that reads each weight once; each gets exactly what it would get alone.
+
+        Args:
+            caches: handle of each token's KV cache; the tokens of one cache are its next ones in order.
+            tokens: at most :data:`abi.MOST_TOGETHER`.
+            logits: of each token, [vocabulary] float32 to fill or None.
+
+        Returns:
+            How many weights each of them would have read alone, as :meth:`forward` counts.
+
+        Raises:
+            ActTailError: a cache is full, a token id is out of range, or memory runs out.
+        """
+        n = len(tokens)
+        pointers = [out.data_ptr() if out is not None else None for out in logits]
+        read = (ctypes.c_double * n)()
+        code = self.lib.acttail_engine_step(
+            self.handle, (ctypes.c_void_p * n)(*caches), (ctypes.c_int64 * n)(*tokens), n,
+            (ctypes.c_void_p * n)(*pointers), read,
+        )  # fmt: skip
+        if code:
+            raise _not_run(code)
+        return [int(weights) for weights in read]
+
+
+def _not_run(code: int) -> ActTailError:
+    if code == abi.BAD_ARGUMENT:
+        return ActTailError(
+            "the sequence is longer than its KV cache, or a token id is not in the vocabulary"
+        )
+    return ActTailError(f"the native engine did not run the tokens: {abi.reason(code)}")
 
 
 def offsets(layout: Layout, block: int, spec: Any) -> dict[str, int]:

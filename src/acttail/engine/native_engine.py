@@ -11,8 +11,8 @@ from acttail.engine.config import EngineConfig
 from acttail.engine.known import Check
 from acttail.engine.native import NativeDecoder
 from acttail.engine.prefill import Prefill
-from acttail.engine.protocol import Sequence
-from acttail.engine.sequence import NativeSequence
+from acttail.engine.protocol import Batch, Sequence
+from acttail.engine.sequence import NativeSequence, decode
 from acttail.engine.store import Packed
 from acttail.engine.tune import dense_kernels
 from acttail.plan import SparsityPlan
@@ -53,6 +53,22 @@ class NativeEngine(Engine):
         """See :meth:`TokenEngine.new_sequence`."""
         size = min(self.context, 8192) if capacity is None else capacity
         return NativeSequence(self.decoder, self._prefill, self.policy, size)
+
+    def _append(self, batch: Batch) -> torch.Tensor:
+        """Decoded tokens, of whatever sequence, share passes over the weights."""
+        out = torch.empty(len(batch), self.vocabulary)
+        decoded: list[tuple[NativeSequence, torch.Tensor]] = []
+        logits: list[torch.Tensor] = []
+        with self.decoder.lock:
+            for (sequence, tokens), row in zip(batch, out, strict=True):
+                assert isinstance(sequence, NativeSequence)  # noqa: S101
+                if sequence.decodes(len(tokens)):
+                    decoded.append((sequence, tokens))
+                    logits.append(row)
+                else:
+                    row.copy_(sequence.feed(tokens))
+            decode(self.decoder, decoded, logits)
+        return out
 
     @property
     def keeps_prefixes(self) -> bool:

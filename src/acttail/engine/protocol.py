@@ -98,9 +98,6 @@ class TokenEngine(ABC):
     def step(self, batch: Batch) -> torch.Tensor:
         """Append tokens to sequences, and say what comes next in each.
 
-        Here one sequence after the other; an engine that can read its weights once for all of them
-        says so by a method of its own.
-
         Args:
             batch: (sequence, tokens [n]), each sequence once. Several tokens are a prompt, one is
                 decoded.
@@ -118,8 +115,14 @@ class TokenEngine(ABC):
         if len(batch) == 1:
             ((sequence, tokens),) = batch
             return sequence.feed(tokens)[None]
-        for sequence, tokens in batch:
-            sequence.check(tokens)
+        return self._append([(sequence, sequence.check(tokens)) for sequence, tokens in batch])
+
+    def _append(self, batch: Batch) -> torch.Tensor:
+        """A step of several sequences, their tokens checked.
+
+        Here one after the other; an engine that can read its weights once for all of them says so by a
+        method of its own.
+        """
         return torch.stack([sequence.feed(tokens) for sequence, tokens in batch])
 
     def read_share(self, sequence: Sequence) -> float:

@@ -6,11 +6,12 @@ Knows nothing of models. :func:`mismatch` compares every mirror with the library
 import ctypes
 from typing import Any
 
-VERSION = 8
+VERSION = 9
 _pointer, _int, _i32, _i64, _f32 = (
     ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_int64, ctypes.c_float,
 )  # fmt: skip
 BAD_ARGUMENT = 1
+MOST_TOGETHER = 8  # tokens of one acttail_engine_step
 _REASONS = {BAD_ARGUMENT: "bad arguments", 2: "out of memory", 3: "the system refused a thread"}
 
 
@@ -108,6 +109,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "acttail_engine_forward": (
         _int, [_pointer, _pointer, _pointer, _i64, _int, _pointer, ctypes.POINTER(ctypes.c_double)],
     ),
+    "acttail_engine_step": (_int, [_pointer, _pointer, _pointer, _i64, _pointer, _pointer]),
     "acttail_cache_new": (_int, [_pointer, _i64, ctypes.POINTER(_pointer)]),
     "acttail_cache_free": (None, [_pointer]),
     "acttail_cache_length": (_i64, [_pointer]),
