@@ -9,6 +9,8 @@ from byte_tokens import byte_tokenizer
 from families import build, config
 from transformers import AutoModelForCausalLM
 
+from acttail import cli
+
 # Test files lend each other their small models; each is to run alone, too.
 sys.path += [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir()]
 
@@ -48,6 +50,20 @@ def text_file(tmp_path):
 @pytest.fixture
 def llama():
     return build("llama")
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command line in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["acttail", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capfd.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call
 
 
 def pytest_collection_modifyitems(items):

@@ -10,22 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from acttail import cli
 from acttail.sparse.backends import cpu
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Run the command line in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["acttail", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capfd.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
 
 
 def test_analyze(run, tiny_folder, tmp_path):

@@ -1,30 +1,14 @@
 """--dtype: both spellings in every command that takes one, and bad ones judged before anything is read."""
 
 import json
-import sys
 
 import pytest
 from byte_tokens import byte_tokenizer
 from families import build
 
-from acttail import cli
 from acttail.sparse.backends import cpu
 
 native = pytest.mark.skipif(not cpu.status().available, reason="no native library")
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Run the command line in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["acttail", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capfd.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
 
 
 SPELLINGS = ("float32", "fp32")

@@ -1,7 +1,6 @@
 """A converted folder is a MODEL for every command."""
 
 import json
-import sys
 
 import pytest
 
@@ -17,18 +16,6 @@ def folder(tiny_folder, tmp_path_factory):
     return convert_model(
         tiny_folder, tmp_path_factory.mktemp("packed") / "tiny.acttail", dtype="int8"
     )
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["acttail", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capfd.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
 
 
 SCORED = ("--text", "{text}", "--window", 64, "--tokens", 256)

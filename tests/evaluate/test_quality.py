@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from byte_tokens import byte_tokenizer
-from test_cli import run  # noqa: F401 - a fixture
 from test_sensitivity import TEXT, calibration, tiny
 
 from acttail import make_plan, perplexity, sparsify_
@@ -72,7 +71,7 @@ def test_refined_thresholds_realise_the_budget_on_the_calibration_text():
     assert len(set(kept[0].tolist())) > 1
 
 
-def test_command_line(run, tiny_folder, tmp_path):  # noqa: F811
+def test_command_line(run, tiny_folder, tmp_path):
     text = tmp_path / "calibration.txt"
     text.write_text(LONG.content)
     curves, plan = tmp_path / "c.safetensors", tmp_path / "p.json"
@@ -120,7 +119,7 @@ def test_command_line(run, tiny_folder, tmp_path):  # noqa: F811
     assert np.isfinite([p.get("threshold", 0.0) for p in made["projections"].values()]).all()
 
 
-def test_curves_of_a_file_in_compare_and_sweep(run, tiny_folder, tmp_path):  # noqa: F811
+def test_curves_of_a_file_in_compare_and_sweep(run, tiny_folder, tmp_path):
     """With the file there, allocators that use curves need no calibration text, in every command."""
     text = tmp_path / "score.txt"
     text.write_text(LONG.content)

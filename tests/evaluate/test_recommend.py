@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from test_cli import run  # noqa: F401 - a fixture
 from test_quality import LONG, context_of
 from test_request import closed, model  # noqa: F401 - fixtures
 from test_sensitivity import tiny
@@ -67,7 +66,7 @@ def test_a_choice_is_kept_with_the_model(model, closed):  # noqa: F811
     assert (again.plan, again.kept) == (found.plan, True)
 
 
-def test_from_the_command_line(run, tiny_folder, tmp_path):  # noqa: F811
+def test_from_the_command_line(run, tiny_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(LONG.content)
     code, out, err = run("plan", tiny_folder, "--auto", "--sparsity", 0.5, "--json")
@@ -98,7 +97,7 @@ def test_from_the_command_line(run, tiny_folder, tmp_path):  # noqa: F811
         (("--sparsity", 0.5, "--curves", "c.safetensors"), "--curves"),
     ],
 )
-def test_what_it_does_not_go_with_is_named(run, tiny_folder, arguments, named):  # noqa: F811
+def test_what_it_does_not_go_with_is_named(run, tiny_folder, arguments, named):
     code, out, err = run("plan", tiny_folder, "--auto", *arguments)
     assert code == 2
     assert named in err

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from byte_tokens import byte_tokenizer
-from test_cli import run  # noqa: F401 - a fixture
 from test_sensitivity import tiny
 
 from acttail.errors import ActTailError
@@ -77,7 +76,7 @@ def test_errors(data, tmp_path):
     assert find_data(data, "nonesuch")[1] == "test"
 
 
-def test_command_line(run, tiny_folder, data):  # noqa: F811
+def test_command_line(run, tiny_folder, data):
     code, out, _ = run(
         "eval", tiny_folder, "--tasks", "piqa", "--task-data", data, "--limit", 4, "--json"
     )

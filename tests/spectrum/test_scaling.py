@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from families import build
-from test_cli import run  # noqa: F401 - a fixture
 
 import acttail
 from acttail.allocate import AllocationContext, make_plan
@@ -109,7 +108,7 @@ def test_estimate_grows_with_the_model():
     assert small.matrices == len(find_projections(build("llama")))
 
 
-def test_command_line(run, tiny_folder):  # noqa: F811
+def test_command_line(run, tiny_folder):
     code, out, err = run("analyze", tiny_folder, "--estimate", "--json")
     assert code == 0
     assert json.loads(out)["matrices"] > 0
