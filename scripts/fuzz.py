@@ -188,7 +188,10 @@ def main() -> int:
                 print(f"  {line} ({len(cases)}: {cases[:5]})", flush=True)
     print(table(found))
     if args.json:
-        report = {"seed": args.seed, "formats": {name: vars(f) for name, f in found.items()}}
+        counts = {n: f.counts | {"slowest": round(f.slowest, 1)} for n, f in found.items()}
+        report = {
+            "what": "fuzz", "seed": args.seed, "found": counts, "bad": {n: f.bad for n, f in found.items()},
+        }  # fmt: skip
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     return int(any(f.bad for f in found.values()))
 

@@ -3,7 +3,7 @@
     python scripts/kill.py [--times 20] [--what convert] [--seed 0] [--json results.json]
 
 Each writer of `WRITERS` replaces an old result that differs from the new one. It is killed by SIGKILL after a random
-share of the time that it takes, its result is opened as a user does, and what it left beside must be gone after the
+share of the time that it takes, often near its end; its result is opened as a user does, and what it left beside must be gone after the
 next writer. `--full` lets the file system fail instead: after a random number of written bytes, every write does.
 """
 
@@ -206,7 +206,9 @@ def tried(name: str, scene: Scene, times: int, rng: random.Random, *, full: bool
             found["one line" if ended(child) == 2 else "other ends"] += 1
             found["left behind"] += bool(strays(scene, target))
         else:
-            time.sleep(rng.random() * seconds)
+            # Half of them near the end, where names are exchanged.
+            share = rng.random() if rng.random() < 0.5 else rng.uniform(0.8, 1.1)
+            time.sleep(share * seconds)
             os.kill(child, signal.SIGKILL)
             ended(child)
         found[state(scene, writer, target)] += 1
@@ -247,7 +249,9 @@ def main() -> int:
             found[name] = tried(name, Scene(Path(folder)), args.times, rng, full=args.full)
         print(name, dict(found[name]), flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        what = "full disk" if args.full else "kill"
+        report = {"what": what, "seed": args.seed, "found": found}
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     bad = ("neither", "left behind", "other ends")
     return int(any(f[end] for f in found.values() for end in bad))
 

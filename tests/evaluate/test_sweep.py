@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from acttail.base.temporaries import temporary_file
 from acttail.errors import ActTailError
 from acttail.evaluate import sweep as module
 from acttail.evaluate.sweep import SweepSpec, cells, sweep
@@ -58,7 +59,10 @@ def test_a_damaged_cell_is_evaluated_again(spec, tmp_path):
     kept = sorted((tmp_path / "out.csv.cells").iterdir())
     kept[0].write_bytes(kept[0].read_bytes()[:50])
     kept[1].write_text("[]")
+    left = temporary_file(kept[2])
+    left.rename(left.with_name(left.name.replace(f"-{os.getpid()}-", "-999999999-")))
     same(whole, sweep(spec, wanted, tmp_path / "out.csv"))
+    assert sorted((tmp_path / "out.csv.cells").iterdir()) == kept
     assert all(json.loads(file.read_text()) for file in kept)
 
 

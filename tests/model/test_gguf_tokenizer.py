@@ -11,6 +11,7 @@ from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
 
 from acttail.engine.kept import write_model_text
 from acttail.engine.light_tokenizer import light_from_header, read_light
+from acttail.errors import ModelError
 from acttail.model import gguf_tokenizer
 from acttail.model.gguf_file import open_gguf
 from acttail.model.gguf_tokenizer import tokenizer_of
@@ -223,6 +224,16 @@ def test_the_ways_of_cutting_texts_are_those_of_transformers():
 ])  # fmt: skip
 def test_what_is_not_known_is_left_to_transformers(tmp_path, made):
     assert tokenizer_of(open_gguf(made(tmp_path / "tiny.gguf"))) is None
+
+
+def test_a_merge_of_no_token_is_refused_in_one_line(tmp_path):
+    tokens = [*BYTES, "he"]
+    place = write(
+        tmp_path / "x.gguf", "llama", "gpt2", tokens=tokens, types=[1] * len(tokens),
+        tokenizer_pre="smollm", token_merges=["h e", "he zz"],
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"cannot read the tokenizer of .*x\.gguf: .*vocabulary"):
+        tokenizer_of(open_gguf(place))
 
 
 def test_a_whole_vocabulary_is_that_of_transformers():

@@ -371,3 +371,27 @@ def test_a_cell_that_was_out_of_reach_is_a_row(tmp_path):
     found = Report("")
     add_results(found, str(path))
     assert "theory" in render(found)
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_what_no_axis_holds_is_left_out(log):
+    far = [
+        (0.2, 2.0, 1e308),
+        (0.1, 1e308, None),
+        (0.2, 2.0, 0.1),
+        (0.3, 5e-324, None),
+        (0.2, 2.0, None),
+    ]
+    drawn = line_chart(
+        {"a": far, "b": far[1:2]},
+        title="t",
+        x_label="x",
+        y_label="y",
+        log=log,
+        reference=("r", 1e308),
+    )
+    assert drawn.count("<circle") == (3 if log else 4)
+    assert "inf" not in drawn
+    assert "No finite values" in line_chart(
+        {"b": far[1:2]}, title="t", x_label="x", y_label="y", log=log
+    )

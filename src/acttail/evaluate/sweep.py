@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from acttail.base import temporaries
 from acttail.base.distribute import runner
 from acttail.base.dtypes import FAST, torch_name
 from acttail.base.files import check_ending, check_folder, finite, replacing, write_json
@@ -209,6 +210,7 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ActTailError(f"cannot write {folder}: {error.strerror}") from error
+    temporaries.sweep(folder)  # of a killed sweep, whose cells this one need not write
     files = {_key(spec, cell): cell for cell in wanted}
     rows = {key: read_kept(folder / f"{key}.json", dict[str, Any]) for key in files}
     todo = {key: cell for key, cell in files.items() if rows[key] is None}

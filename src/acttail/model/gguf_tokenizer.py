@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from acttail.errors import ModelError, reason
 from acttail.model.gguf_header import Header
 
 if TYPE_CHECKING:
@@ -44,20 +45,25 @@ def tokenizer_of(header: Header) -> GgufTokenizer | None:
     """The tokenizer that a header describes; None if it is of no kind that is known here.
 
     Raises:
-        ModelError: a text of it is not UTF-8.
+        ModelError: a text of it is not UTF-8, or its parts do not belong together.
     """
     parts = _parts(header)
     template = header.get("tokenizer.chat_template")
     if parts is None or parts.pre in _OTHER_SPLITS or not isinstance(template, str | None):
         return None
-    backend = _backend(parts)
-    if backend is None:
-        return None
     special = dict(parts.special)
     if parts.architecture in _GEMMA_OF:
         special |= {"mask_token": "<mask>"}
-    _add_special(backend, special.values())
-    _post_process(backend, parts)
+    try:
+        backend = _backend(parts)
+        if backend is None:
+            return None
+        _add_special(backend, special.values())
+        _post_process(backend, parts)
+    except Exception as error:  # tokenizers raises Exception itself, of a merge of no token, say
+        raise ModelError(
+            f"cannot read the tokenizer of {header.path}: {reason(error)}; fetch it again"
+        ) from error
     return GgufTokenizer(backend, special, header.get("tokenizer.ggml.eos_token_id"), template)
 
 

@@ -12,6 +12,8 @@ _WIDTH, _HEIGHT = 640, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 132, 16, 44
 # Direct labels closer than this would overlap.
 _LABEL_GAP = 15.0
+# Farther out, no axis is computed: a perplexity of 1e308 is one of nothing.
+_MOST = 1e300
 
 Point = tuple[float, float, float | None]  # x, y, standard error
 
@@ -98,6 +100,11 @@ def _share(value: float, limits: tuple[float, float], *, log: bool) -> float:
     return ((math.log(value) if log else value) - low) / ((high - low) or 1.0)
 
 
+def _drawable(value: float, *, log: bool) -> bool:
+    """Whether an axis can hold a value and some room beside it in float64."""
+    return abs(value) < _MOST and (value > 1 / _MOST or not log)
+
+
 def _ticks(limits: tuple[float, float], *, log: bool) -> list[float]:
     if log:
         return _log_ticks(*limits)
@@ -132,6 +139,10 @@ def line_chart(
     Returns:
         An <svg> element.
     """
+    series = {
+        label: [p for p in line if _drawable(p[1], log=log)] for label, line in series.items()
+    }
+    reference = reference if reference and _drawable(reference[1], log=log) else None
     points = [p for line in series.values() for p in line]
     if not points:
         return "<p>No finite values to draw.</p>"
@@ -161,7 +172,7 @@ def line_chart(
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y, error in line:
             out.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.5" fill="{colour}"/>')
-            if error and (error < y or not log):
+            if error and error < _MOST and (error < y or not log):
                 out.append(
                     f'<line x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{py(y - error):.1f}" '
                     f'y2="{py(y + error):.1f}" stroke="{colour}" stroke-width="1"/>'

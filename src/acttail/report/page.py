@@ -178,7 +178,7 @@ def _tasks(rows: Rows) -> dict[str, Any] | None:
         )
         if len(values) == len(names):
             mean = sum(v for v, _ in values.values()) / len(values)
-            error = math.sqrt(sum((e or 0) ** 2 for _, e in values.values())) / len(values)
+            error = math.hypot(*(e or 0 for _, e in values.values())) / len(values)
             lines[_name_of(row)].append(
                 (row.get("realised_sparsity", row.get("sparsity", 0.0)), mean, error)
             )
