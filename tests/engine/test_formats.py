@@ -51,7 +51,7 @@ def test_load_takes_both_spellings(tiny_folder, names):
 
 
 def test_load_names_an_unknown_dtype(tiny_folder):
-    with pytest.raises(ModelError, match="unknown dtype 'fp8': use auto, float32"):
+    with pytest.raises(ModelError, match="unknown dtype 'fp8': use auto, fast, float32"):
         acttail.load(str(tiny_folder), dtype="fp8")
 
 
