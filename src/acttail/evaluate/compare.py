@@ -15,7 +15,7 @@ from acttail.evaluate.perplexity import PerplexityResult, perplexity
 from acttail.evaluate.record import record
 from acttail.maths.losses import clustered_mean
 from acttail.model.weights import LoadedWeights
-from acttail.sparse.apply import densify_, sparsify_
+from acttail.sparse.apply import densify_, sparsified
 
 
 def compare(
@@ -87,12 +87,9 @@ def compare(
             plan = make_plan(
                 model, sparsity, allocator=name, arguments=arguments, context=context, head=False
             )
-            sparsify_(model, plan, prefill=prefill, check_contents=False)
-            try:
+            with sparsified(model, plan, prefill=prefill):
                 result = run()
                 results.append((name, result, record(model, result)))
-            finally:
-                densify_(model)
         uniform = next((r for name, r, _ in results if name == "uniform"), None)
         rows += [row | _against(result, uniform) for _, result, row in results]
     return rows

@@ -19,7 +19,7 @@ from acttail.evaluate.perplexity import perplexity
 from acttail.maths.budget import HIGHEST
 from acttail.maths.curves import minimise
 from acttail.plan import SparsityPlan
-from acttail.sparse.apply import densify_, sparsify_
+from acttail.sparse.apply import densify_, sparsified
 
 Limit = Literal["loss", "kl"]
 # Width of the last bracket of the search.
@@ -128,11 +128,8 @@ def plan_for_quality(
         plan = make_plan(
             model, sparsity, allocator=allocator, arguments=merged, rule=rule, context=context
         )
-        sparsify_(model, plan, check_contents=False)
-        try:
+        with sparsified(model, plan):
             nll, kl = score()
-        finally:
-            densify_(model)
         return plan, kl if metric == "kl" else nll - dense
 
     curves = curves_for(context, merged)

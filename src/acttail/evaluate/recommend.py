@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from acttail.allocate import DEFAULT, AllocationContext, get, make_plan
-from acttail.allocate.base import Needs
+from acttail.allocate import DEFAULT, AllocationContext, make_plan, needs_text
 from acttail.allocate.context import calibration_of
 from acttail.base.progress import Progress
 from acttail.errors import BudgetError
@@ -18,7 +17,7 @@ from acttail.evaluate.perplexity import perplexity
 from acttail.evaluate.quality import HELD_OUT_TOKENS, held_out
 from acttail.maths.budget import check_target
 from acttail.plan import SparsityPlan
-from acttail.sparse.apply import densify_, sparsify_
+from acttail.sparse.apply import densify_, sparsified
 
 # What to try, best known first. Of two that are equally good the first is taken.
 DATA_FREE = (DEFAULT, "uniform")
@@ -26,7 +25,6 @@ CALIBRATED = ("sensitivity", "refined", *DATA_FREE)
 # Tokens of text sampled from the model where none is given: the plans differ by ten times the error of 2,048.
 SAMPLED_TOKENS = 2048
 SAMPLED_WINDOW = 256
-_SEES_TEXT = (Needs.CURVES, Needs.TEXT)
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def recommend(
         raise BudgetError("at sparsity 0 every plan is the dense model: there is nothing to choose")
     calibration = calibration_of(context)
     model, tokenizer = calibration.model, calibration.tokenizer
-    seen = any(get(name).needs in _SEES_TEXT for name in allocators)
+    seen = any(needs_text(name) for name in allocators)
     text = held_out(calibration) if seen else calibration.text
     window = calibration.batches().shape[1]
     held = DenseLogits()
@@ -115,14 +113,11 @@ def recommend(
     for done, name in enumerate(allocators):
         own = (arguments or {}).get(name)
         plan = make_plan(None, sparsity, allocator=name, arguments=own, context=context, head=False)
-        sparsify_(model, plan, check_contents=False)
-        try:
+        with sparsified(model, plan):
             result = perplexity(
                 model, tokenizer, text, window=window, tokens=max(window, tokens // window * window),
                 metrics=("kl",), dense_logits=held,
             )  # fmt: skip
-        finally:
-            densify_(model)
         tried.append(Tried(plan, result.kl or 0.0, result.kl_stderr or 0.0))
         scored = result.scored
         if progress is not None:

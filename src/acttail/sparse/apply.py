@@ -6,9 +6,11 @@ identical, and `densify_` gives back exactly what was there.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -134,6 +136,24 @@ def _note_in_config(model: nn.Module, state: SparseState) -> None:
     if existing is None or isinstance(existing, ActTailConfig):
         model.config.quantization_config = ActTailConfig(state.plan.to_dict(), str(state.policy))
         state.config_owned = True
+
+
+@contextmanager
+def sparsified(
+    model: Any, plan: SparsityPlan, *, prefill: str | PrefillPolicy = "all"
+) -> Iterator[None]:
+    """Inside, a model is sparse under a plan whose contents are not compared again; after it, dense.
+
+    Args:
+        model: as for :func:`sparsify_`, which also says what is raised.
+        plan: made of this very model.
+        prefill: which tokens are sparse.
+    """
+    sparsify_(model, plan, prefill=prefill, check_contents=False)
+    try:
+        yield
+    finally:
+        densify_(model)
 
 
 def densify_(model: Model) -> Model:
