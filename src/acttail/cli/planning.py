@@ -142,9 +142,9 @@ def _auto(
     if curves is not None and text is None:
         raise ActTailError("--curves: allocators are tried on text: give --calibration-text too")
     names = candidates(calibrated=text is not None)
-    arguments = given_curves({name: {} for name in names}, curves) if curves else {}
+    given_curves({name: {} for name in names}, curves or None)  # judged before a model is opened
     return PlanRequest(
-        sparsity, arguments={"curves": curves} if arguments else {}, tokens=tokens, dtype=dtype, loading=loading,
+        sparsity, arguments={"curves": curves} if curves else {}, tokens=tokens, dtype=dtype, loading=loading,
         text=calibration_text(text, needed=False), candidates=names,
     )  # fmt: skip
 

@@ -170,8 +170,9 @@ class Opened:
         Raises:
             ModelError: unreadable, truncated, or not a decoder.
         """
+        spreads = device_map is not None or max_memory is not None
+        wanted = dtype_of(dtype, device, spread=spreads)
         spread = placement(device_map, max_memory)
-        wanted = dtype_of(dtype, device, spread=bool(spread))
         remote = self.trust_remote_code and getattr(self.config, "auto_map", None)
         if not remote:
             _ = self.stored  # refused by the names in its headers, before anything is read or kept
