@@ -12,6 +12,11 @@ def short_name(name: str) -> str:
     return _SHORT.get(name, name)
 
 
+def name_of(dtype: object) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def torch_name(name: str) -> str:
     """``bfloat16`` for ``bf16``; any other name as it is."""
     return _LONG.get(name, name)

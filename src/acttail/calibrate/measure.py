@@ -11,6 +11,7 @@ This file is the run over the text: windows, seeds, progress and resume. The mat
 import numpy as np
 import torch
 
+from acttail.base.dtypes import name_of
 from acttail.calibrate.calibration import Calibration
 from acttail.calibrate.curves import Array, SensitivityCurves
 from acttail.calibrate.energies import SELECTIONS, EnergySums
@@ -82,7 +83,7 @@ def measure(
     about = {
         "loss": loss, "selection": selection, "text": calibration.text.name, "tokens": str(batches.numel()),
         "window": str(batches.shape[1]), "seed": str(calibration.seed),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": name_of(model.dtype),
     }  # fmt: skip
     return SensitivityCurves(points, curves, about)
 

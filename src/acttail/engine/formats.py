@@ -5,15 +5,19 @@ native/formats.hpp, and a row in tests/engine/test_kernels.py. A model has a def
 matrices its own (:class:`acttail.engine.shapes.Shape`): ask the matrix, not the model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from acttail.base.dtypes import short_name
+from acttail.base.dtypes import name_of, short_name
 from acttail.engine.blocks import BLOCK
 from acttail.engine.codecs import BF16, FP32, INT4, INT8, Codec
 from acttail.engine.file_blocks import COLUMNS, FileBlocks
 from acttail.errors import ActTailError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Format:
     @property
     def transformers(self) -> str:
         """The dtype that transformers runs where this one was asked for."""
-        return str(self.compute).removeprefix("torch.")
+        return name_of(self.compute)
 
     @property
     def runs_in_transformers(self) -> bool:
@@ -177,10 +181,7 @@ def weight_format(name: str) -> Format:
     Raises:
         ActTailError: there is none.
     """
-    found = FORMATS.get(short_name(name))
-    if found is None:
-        raise ActTailError(f"unknown engine dtype {name!r}: use {', '.join(FORMATS)}")
-    return found
+    return _row(FORMATS, name, "engine dtype")
 
 
 def kv_format(name: str) -> KvFormat:
@@ -189,7 +190,11 @@ def kv_format(name: str) -> KvFormat:
     Raises:
         ActTailError: there is none.
     """
-    found = KV_FORMATS.get(short_name(name))
+    return _row(KV_FORMATS, name, "KV cache dtype")
+
+
+def _row(rows: Mapping[str, T], name: str, what: str) -> T:
+    found = rows.get(short_name(name))
     if found is None:
-        raise ActTailError(f"unknown KV cache dtype {name!r}: use {', '.join(KV_FORMATS)}")
+        raise ActTailError(f"unknown {what} {name!r}: use {', '.join(rows)}")
     return found

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from acttail.base.dtypes import name_of
 from acttail.base.memory import give_back
 from acttail.base.progress import Progress
 from acttail.engine import kept
@@ -98,7 +99,7 @@ def _transformers(
     warn: bool,
 ) -> TransformersEngine:  # fmt: skip
     """What runs where the native engine does not, unless that would drop what was asked for."""
-    runs = str(model.dtype).removeprefix("torch.")
+    runs = name_of(model.dtype)
     config.check_transformers(runs, reason)
     state = sparse_state(model)
     if state is not None:

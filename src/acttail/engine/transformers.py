@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from acttail.base.dtypes import name_of
 from acttail.engine.base import Engine
 from acttail.engine.text import eos_of
 from acttail.errors import ActTailError
@@ -79,7 +80,7 @@ class TransformersEngine(Engine):
             sparsify_(model, plan, prefill=prefill)
         else:
             densify_(model)
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.dtype = name_of(model.dtype)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.context = int(limit or 8192)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)

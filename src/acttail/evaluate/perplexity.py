@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from acttail.base.dtypes import name_of
 from acttail.base.progress import Progress
 from acttail.calibrate.text import Text, bos_of, read_text, tokenize, windows
 from acttail.errors import ActTailError, TextError
@@ -197,7 +198,7 @@ def perplexity(
         perplexity=value, perplexity_stderr=None if error is None else value * error,
         nll=mean, nll_stderr=error, tokens=batches.numel(), scored=int(mask.sum()),
         windows=len(batches), window=window, stride=step, bos=bos is not None,
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."), prefill=str(policy),
+        dtype=name_of(next(model.parameters()).dtype), prefill=str(policy),
         text=text.name, seconds=time.perf_counter() - started,
         realised=counter.realised() if counter else None,
         token_nll=torch.where(mask, losses, float("nan")),

@@ -16,7 +16,7 @@ from typing import Any
 
 from acttail.base import temporaries
 from acttail.base.distribute import runner
-from acttail.base.dtypes import FAST, torch_name
+from acttail.base.dtypes import FAST, name_of, torch_name
 from acttail.base.files import check_ending, check_folder, finite, replacing, write_json
 from acttail.base.progress import Progress
 from acttail.base.schema import read_kept
@@ -71,9 +71,7 @@ class SweepSpec:
     def __post_init__(self) -> None:
         # Either spelling finds the cells that are done.
         name = torch_name(self.dtype)
-        object.__setattr__(
-            self, "dtype", str(fast_dtype()).removeprefix("torch.") if name == FAST else name
-        )
+        object.__setattr__(self, "dtype", name_of(fast_dtype()) if name == FAST else name)
 
 
 def cells(
