@@ -6,9 +6,11 @@ in groups that each hold the same anchor (llama.cpp on the source file as it is)
 anchor times the anchor's median over all groups, so that no group profits from a quiet hour. ik_llama.cpp takes
 llama.cpp's files and its KL (the weights are the same; its own rounding of activations is not measured).
 
-Appends to frontier.csv; draws docs/images/frontier.svg and fills the README's and docs/performance.md's tables.
+Quality and speed are rows of their own, so that speed alone needs a quiet machine; what is there of quality is not
+measured again. Appends to frontier.csv; draws docs/images/frontier.svg and fills docs/performance.md's tables.
 
-    python benchmarks/frontier.py [--model FILE.gguf] [--gguf-bench PATH/llama-bench] [--speed-only] [--table-only]
+    python benchmarks/frontier.py [--model FILE.gguf] [--gguf-bench PATH/llama-bench] [--parts quality,speed]
+        [--random] [--table-only]
 """
 
 import statistics
@@ -34,7 +36,7 @@ SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6)
 ALLOCATORS = ("sensitivity", "refined")
 PEERS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "IQ3_S", "Q2_K")
 AS_IT_IS = "file as it is"
-ANCHOR = f"llama.cpp {AS_IT_IS}"
+KEYS = ("side", "width", "allocator", "sparsity")
 # (side, options): the better of the two layouts is its figure.
 LAYOUTS = (("ik_llama.cpp", ()), ("ik_llama.cpp interleaved", ("-rtr", "1")))
 WINDOW, NEW, PROMPT = 512, 128, 128
@@ -67,65 +69,97 @@ class Quality:
         return {"kl": f"{mean[0]:.5f}", "top1": f"{mean[1]:.4f}", "perplexity": f"{torch.tensor(mean[2]).exp():.3f}"}  # fmt: skip
 
 
-def plans(args, allocators):
-    """(allocator, S) -> plan, calibrated on text that is not scored."""
-    if args.speed_only:
+def plans(args):
+    """(allocator, S) -> plan, calibrated on text that is not scored; of random weights `uniform`."""
+    if args.random:
         model, _ = acttail.load(args.model, dtype="bfloat16")
         return {("uniform", s): make_plan(model, s, allocator="uniform") for s in SPARSITIES}
     model, _, context, _ = calibrated(args)
-    return {(a, s): make_plan(model, s, allocator=a, context=context) for a in allocators for s in SPARSITIES}  # fmt: skip
+    return {(a, s): make_plan(model, s, allocator=a, context=context) for a in ALLOCATORS for s in SPARSITIES}  # fmt: skip
 
 
 def ours(args, width, found):
-    """Name -> engine, all over one copy of the weights."""
+    """(side, width, allocator, S) -> engine, all over one copy of the weights."""
     first = next(iter(found.values()))
     base = Engine.from_pretrained(args.model, first, dtype=width, native=True, threads=args.threads)
-    engines = {("dense", 0.0): base.with_plan(None)}
-    for key, plan in found.items():
-        engines[key] = base.with_plan(plan)
-    return engines
+    plain = {("dense", 0.0): None, **found}
+    return {("acttail", width, *key): base.with_plan(plan) for key, plan in plain.items()}
 
 
 def theirs(args, source):
-    """(side, name) -> (contestant, file of it) one after the other, so that few are in memory."""
+    """(side, width, allocator, S) -> (contestant, its file), one after the other, so that few are in memory."""
     for kind in (AS_IT_IS, *PEERS):
         path = source if kind == AS_IT_IS else quantised(source, f"MOSTLY_{kind}")
-        yield "llama.cpp", kind, LlamaCppContestant(path, args.threads, 1024), path
+        contestant = LlamaCppContestant(path, args.threads, 1024)
+        yield ("llama.cpp", kind, "", 0.0), contestant, path
+        contestant.close()
 
 
-class Collector:
-    """Rows of one model: quality at once, speed relative to the anchor of the group, and the anchor's speeds.
+def quality(args, rows, on, source, found):
+    """Rows of KL, top-1 and perplexity of what has none yet."""
+    done = rows.done(on, "part", *KEYS)
+    score = Quality(args.model, read_text(args.text), args.tokens)
 
-    Args:
-        args: of the command line.
-        rows: to append to.
-        on: what is measured.
-    """
+    def note(key, logits):
+        if ("quality", *map(str, key)) not in done:
+            rows.append(row_of("quality", key, args, **score.of(logits)), on)
 
-    def __init__(self, args, rows, on):
-        self.args, self.rows, self.on = args, rows, on
-        self.pending, self.anchors = [], []
+    for width in WIDTHS:
+        for key, engine in ours(args, width, found).items():
+            note(key, lambda w, e=engine: e.new_sequence(WINDOW).all_logits(w, decode=True))
+    for key, contestant, _ in theirs(args, source):
+        note(key, contestant.window_logits)
 
-    def group(self, contestants, quality, anchor):
-        """Measure contestants ((side, width, allocator, S) -> contestant) against the anchor by turns."""
+
+def row_of(part, key, args, **values):
+    """A row of one part; the columns of the other stay empty."""
+    empty = ("kl", "top1", "perplexity", "tokens_per_second", "over_anchor_median", "over_anchor_low", "over_anchor_high")  # fmt: skip
+    return {
+        "part": part, **dict(zip(KEYS, key, strict=True)), **dict.fromkeys(empty, ""), **values,
+        "decode_threads": args.threads, "rounds": args.rounds if part == "speed" else "",
+        "tokens": args.tokens if part == "quality" else "",
+    }  # fmt: skip
+
+
+def speed(args, rows, on, source, found):
+    """Rows of speed relative to the anchor, by turns within each group, written when all groups were."""
+    anchor = LlamaCppContestant(source, args.threads, 1024)
+    ratios, anchors = {}, []
+
+    def group(contestants):
         named = {"anchor": anchor, **contestants}
-        speed = measure(named, prompt(PROMPT, self.args.vocabulary), new_tokens=NEW, rounds=self.args.rounds)  # fmt: skip
-        self.anchors += speed.decode["anchor"]
-        for key in contestants:
-            self.pending.append((key, speed.ratio(key, "anchor"), quality.get(key, {})))
+        seen = measure(named, prompt(PROMPT, vocabulary), new_tokens=NEW, rounds=args.rounds)
+        anchors.extend(seen.decode["anchor"])
+        ratios.update({key: seen.ratio(key, "anchor") for key in contestants})
 
-    def write(self):
-        """Append the rows."""
-        anchor = statistics.median(self.anchors)
-        for (side, width, allocator, sparsity), ratio, quality in self.pending:
-            self.rows.append({
-                "side": side, "width": width, "allocator": allocator, "sparsity": sparsity,
-                "kl": "", "top1": "", "perplexity": "", **quality,
-                "tokens_per_second": round(ratio.median * anchor, 2), "over_anchor_median": round(ratio.median, 3),
-                "over_anchor_low": round(ratio.low, 3), "over_anchor_high": round(ratio.high, 3),
-                "decode_threads": self.args.threads, "rounds": self.args.rounds,
-                "tokens": "" if self.args.speed_only else self.args.tokens,
-            }, self.on)  # fmt: skip
+    for width in WIDTHS:
+        engines = ours(args, width, found)
+        vocabulary = next(iter(engines.values())).vocabulary
+        group({key: EngineContestant(engine) for key, engine in engines.items()})
+        del engines
+    for key, contestant, path in theirs(args, source):
+        others = {
+            (layout, *key[1:]): LlamaBenchContestant(args.gguf_bench, path, args.threads, more)
+            for layout, more in LAYOUTS
+        } if args.gguf_bench else {}  # fmt: skip
+        try:
+            group({key: contestant, **others})
+        except ActTailError as error:
+            if not others:
+                raise
+            print(f"{key[1]}: {error}; without ik_llama.cpp")
+            group({key: contestant})
+    anchor.close()
+    median = statistics.median(anchors)
+    for key, ratio in ratios.items():
+        rows.append(row_of(
+            "speed", key, args, tokens_per_second=round(ratio.median * median, 2),
+            over_anchor_median=round(ratio.median, 3), over_anchor_low=round(ratio.low, 3),
+            over_anchor_high=round(ratio.high, 3),
+        ), on)  # fmt: skip
+
+
+PARTS = {"quality": quality, "speed": speed}
 
 
 def run(args, rows):
@@ -133,40 +167,10 @@ def run(args, rows):
     if source is None:
         raise SystemExit(f"{args.model} is no GGUF: the peers read nothing else")
     torch.set_num_threads(args.threads)
-    text = read_text(args.text)
-    score = None if args.speed_only else Quality(args.model, text, args.tokens)
-    found = plans(args, ALLOCATORS)
-    on = On(label(args.model), "random tokens" if score is None else text.name, read_text(args.calibration).name)  # fmt: skip
-    collector = Collector(args, rows, on)
-    anchor = LlamaCppContestant(source, args.threads, 1024)
-    for width in WIDTHS:
-        engines = ours(args, width, found)
-        args.vocabulary = next(iter(engines.values())).vocabulary
-        keys = {("acttail", width, a, s): e for (a, s), e in engines.items()}
-        quality = {} if score is None else {
-            k: score.of(lambda w, e=e: e.new_sequence(WINDOW).all_logits(w, decode=True)) for k, e in keys.items()
-        }  # fmt: skip
-        collector.group({k: EngineContestant(e) for k, e in keys.items()}, quality, anchor)
-        del engines, keys
-    for side, kind, contestant, path in theirs(args, source):
-        key = (side, kind, "", 0.0)
-        quality = {} if score is None else {key: score.of(contestant.window_logits)}
-        group = {key: contestant}
-        if args.gguf_bench:
-            for layout, more in LAYOUTS:
-                other = (layout, kind, "", 0.0)
-                group[other] = LlamaBenchContestant(args.gguf_bench, path, args.threads, more)
-                quality[other] = quality.get(key, {})
-        try:
-            collector.group(group, quality, anchor)
-        except ActTailError as error:
-            if not args.gguf_bench:
-                raise
-            print(f"{kind}: {error}; without ik_llama.cpp")
-            collector.group({key: contestant}, quality, anchor)
-        contestant.close()
-    anchor.close()
-    collector.write()
+    found = plans(args)
+    on = On(label(args.model), "random tokens" if args.random else read_text(args.text).name, read_text(args.calibration).name)  # fmt: skip
+    for part in ("speed",) if args.random else args.parts.split(","):
+        PARTS[part](args, rows, on, source, found)
 
 
 def frontier(rows):
@@ -263,12 +267,16 @@ def draw(models, path):
 
 def show(args, rows):
     """Tables and figure from the newest rows of every model."""
-    keys = ("side", "width", "allocator", "sparsity")
     scored = {}
     for model in dict.fromkeys(r["model"] for r in rows.all()):
-        found = list(rows.latest(*keys, model=model).values())
-        if found and all(r["kl"] for r in found):
-            scored[model] = found
+        quality, fast = (rows.latest(*KEYS, model=model, part=part) for part in PARTS)
+        timed = {k: {n: v for n, v in r.items() if v} for k, r in fast.items()}
+        if quality and timed:
+            # ik_llama.cpp's rows are of speed alone: it runs llama.cpp's files.
+            scored[model] = [
+                {**quality[like], **row, "side": key[0]} for key, row in timed.items()
+                if (like := key if key in quality else ("llama.cpp", *key[1:])) in quality
+            ]  # fmt: skip
     if not scored:
         return
     pages = [f"**{model}**\n\n{table(found)}" for model, found in scored.items()]
@@ -280,7 +288,8 @@ def main():
     parser = options(__doc__, "model", "text", "calibration", "table", rounds=7, tokens=2048)
     parser.add_argument("--gguf-bench", help="a llama-bench of ik_llama.cpp; left out without")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--speed-only", action="store_true", help="uniform plans, no quality: for random weights")  # fmt: skip
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--random", action="store_true", help="uniform plans and speed alone: for random weights")  # fmt: skip
     args = parser.parse_args()
     rows = Rows("frontier", args.out)
     if not args.table_only:

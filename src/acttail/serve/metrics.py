@@ -27,6 +27,7 @@ class Metrics:
 
     def __init__(self, engine: TokenEngine) -> None:
         self.registry = CollectorRegistry()
+        self.answered = 0
 
         def named(kind: Any, name: str, help_: str, *labels: str, **more: Any) -> Any:
             return kind(f"acttail_{name}", help_, labels, registry=self.registry, **more)
@@ -72,6 +73,7 @@ class Metrics:
 
     def response(self, path: str, status: int) -> None:
         """Count a response; a path that is none of ours is not a label of its own."""
+        self.answered += 1
         known = path if path in _PATHS else "/v1/models" if path.startswith(_MODELS) else "other"
         self.requests.labels(known, status).inc()
 
