@@ -35,17 +35,18 @@ constexpr Field kFields[] = {
     FIELD(block, input_norm), FIELD(block, attention_norm), FIELD(block, mlp_norm),
     FIELD(block, output_norm), FIELD(block, q_norm), FIELD(block, k_norm), FIELD(block, q_offset),
     FIELD(block, k_offset), FIELD(block, v_offset), FIELD(block, gate_offset),
-    FIELD(block, up_offset), FIELD(block, window), FIELD(block, rope), FIELD(block, padding),
+    FIELD(block, up_offset), FIELD(block, window), FIELD(block, rope), FIELD(block, parallel),
 
     STRUCT(rope), FIELD(rope, inv_freq), FIELD(rope, half), FIELD(rope, scale), FIELD(rope, padding),
 
     STRUCT(model), FIELD(model, block), FIELD(model, rope), FIELD(model, embedding),
-    FIELD(model, head), FIELD(model, head_input), FIELD(model, final_norm), FIELD(model, blocks), FIELD(model, ropes),
+    FIELD(model, head), FIELD(model, head_input), FIELD(model, final_norm),
+    FIELD(model, head_bias), FIELD(model, position), FIELD(model, blocks), FIELD(model, ropes),
     FIELD(model, hidden), FIELD(model, heads), FIELD(model, kv_heads), FIELD(model, head_dim),
-    FIELD(model, intermediate), FIELD(model, vocabulary), FIELD(model, norm_eps),
+    FIELD(model, intermediate), FIELD(model, vocabulary), FIELD(model, positions), FIELD(model, norm_eps),
     FIELD(model, attention_scale), FIELD(model, attention_softcap), FIELD(model, logit_softcap),
-    FIELD(model, embedding_scale), FIELD(model, layer_norm), FIELD(model, activation),
-    FIELD(model, kv_format),
+    FIELD(model, embedding_scale), FIELD(model, residual_scale), FIELD(model, logit_scale),
+    FIELD(model, layer_norm), FIELD(model, activation), FIELD(model, kv_format), FIELD(model, padding),
 };
 
 bool same(const char* a, const char* b) {

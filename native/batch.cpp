@@ -147,7 +147,7 @@ void Batch::thread(int t) {
   const acttail_model& m = engine_.model;
   Barrier& barrier = engine_.pool.barrier();
   own(t, [&](Lane& lane, int64_t i) {
-    engine_.embed(rows_[i].token, lane.stream);
+    engine_.embed(rows_[i].token, rows_[i].position, lane.stream);
     begin(lane, 0);
   });
   for (int64_t block = 0; block < m.blocks; ++block) {
@@ -163,8 +163,9 @@ void Batch::thread(int t) {
     project(t, b.o);
     barrier.wait();
     own(t, [&](Lane& lane, int64_t i) {
+      if (b.parallel) engine_.norm(b.mlp_norm, lane.stream.data(), m.hidden, lane.normed.data());
       engine_.add_to_stream(b.o, sums(i), b.attention_norm, lane.out.data(), lane.stream.data());
-      engine_.norm(b.mlp_norm, lane.stream.data(), m.hidden, lane.normed.data());
+      if (!b.parallel) engine_.norm(b.mlp_norm, lane.stream.data(), m.hidden, lane.normed.data());
       choose(lane, b.gate_up, lane.normed.data(), i);
     });
     barrier.wait();
@@ -244,9 +245,7 @@ void Batch::head(int t) {
                   sizeof(float) * static_cast<size_t>(last - first));
     }
   }
-  for (int64_t k = 0; m.logit_softcap > 0 && k < n; ++k) {
-    engine_.kernels.softcap(rows_[wanted[k]].logits + first, last - first, m.logit_softcap);
-  }
+  for (int64_t k = 0; k < n; ++k) engine_.finish_logits(rows_[wanted[k]].logits, first, last);
 }
 
 }  // namespace acttail

@@ -40,6 +40,7 @@ int acttail_cache_new(const acttail_engine* engine, int64_t capacity, acttail_ca
   if (cache == nullptr) return ACTTAIL_BAD_ARGUMENT;
   *cache = nullptr;
   if (engine == nullptr || capacity < 1) return ACTTAIL_BAD_ARGUMENT;
+  if (engine->model.position != nullptr && capacity > engine->model.positions) return ACTTAIL_BAD_ARGUMENT;
   return acttail::guarded([&]() -> int {
     const acttail_model& m = engine->model;
     auto made = std::make_unique<acttail_cache>();

@@ -17,7 +17,8 @@ struct acttail_cache {
 
   // Whether it was made for engines of this model's shape.
   bool fits(const acttail_model& m) const {
-    return format == m.kv_format && blocks == m.blocks && kv_heads == m.kv_heads && head_dim == m.head_dim;
+    return format == m.kv_format && blocks == m.blocks && kv_heads == m.kv_heads && head_dim == m.head_dim &&
+           (m.position == nullptr || capacity <= m.positions);
   }
   int64_t position_bytes() const { return width * acttail::kKvTraits[format].bytes; }
   int64_t slab() const { return capacity * position_bytes(); }

@@ -135,6 +135,9 @@ void acttail_engine::add_to_stream(const acttail_fused& fused, acttail::Sums sum
                                    float* out, float* stream) const {
   collect(fused, sums, 0, model.hidden, out);
   norm(n, out, model.hidden, out);
+  if (model.residual_scale != 1.0f) {
+    for (int64_t i = 0; i < model.hidden; ++i) out[i] *= model.residual_scale;
+  }
   kernels.accumulate(stream, out, model.hidden);
 }
 
@@ -149,11 +152,22 @@ void acttail_engine::activate(const acttail_block& b, acttail::Sums sums, float*
   }
 }
 
-void acttail_engine::embed(int64_t token, std::vector<float>& stream) const {
+void acttail_engine::embed(int64_t token, int64_t position, std::vector<float>& stream) const {
   kernels.decode_dot_row(model.embedding, token, stream.data());
   if (model.embedding_scale != 1.0f) {
     for (auto& v : stream) v *= model.embedding_scale;
   }
+  if (model.position != nullptr) {
+    kernels.accumulate(stream.data(), model.position + position * model.hidden, model.hidden);
+  }
+}
+
+void acttail_engine::finish_logits(float* logits, int64_t first, int64_t last) const {
+  if (model.logit_scale != 1.0f) {
+    for (int64_t i = first; i < last; ++i) logits[i] *= model.logit_scale;
+  }
+  if (model.head_bias != nullptr) kernels.accumulate(logits + first, model.head_bias + first, last - first);
+  if (model.logit_softcap > 0) kernels.softcap(logits + first, last - first, model.logit_softcap);
 }
 
 namespace {
@@ -240,7 +254,7 @@ void acttail_engine::token(int t, acttail_cache& cache, int64_t token, int64_t p
   Worker& w = *workers[static_cast<size_t>(t)];
   acttail::Barrier& barrier = pool.barrier();
   const acttail::Position here{cache, position, angles, sums(kQkv), attended.data()};
-  embed(token, w.stream);
+  embed(token, position, w.stream);
   for (int64_t i = 0; i < model.blocks; ++i) {
     const acttail_block& b = blocks[static_cast<size_t>(i)];
     norm(b.input_norm, w.stream.data(), model.hidden, w.normed.data());
@@ -250,8 +264,9 @@ void acttail_engine::token(int t, acttail_cache& cache, int64_t token, int64_t p
     barrier.wait();
     project(t, w, b.o, attended.data(), kOutput);
     barrier.wait();
+    if (b.parallel) norm(b.mlp_norm, w.stream.data(), model.hidden, w.normed.data());
     add_to_stream(b.o, sums(kOutput), b.attention_norm, w.out.data(), w.stream.data());
-    norm(b.mlp_norm, w.stream.data(), model.hidden, w.normed.data());
+    if (!b.parallel) norm(b.mlp_norm, w.stream.data(), model.hidden, w.normed.data());
     project(t, w, b.gate_up, w.normed.data(), kGateUp);
     barrier.wait();
     activate(b, sums(kGateUp), w.inner.data());
@@ -295,7 +310,7 @@ void acttail_engine::head(int t, Worker& w, float* logits) {
     first = std::min(first, vocabulary);
     std::memcpy(logits + first, sums + first, sizeof(float) * static_cast<size_t>(last - first));
   }
-  if (model.logit_softcap > 0) kernels.softcap(logits + first, last - first, model.logit_softcap);
+  finish_logits(logits, first, last);
 }
 
 // One token of a sequence that has room for it: everything that is the same for all threads, then the token.

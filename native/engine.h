@@ -87,7 +87,7 @@ struct acttail_block {
   int64_t gate_offset, up_offset;           // columns of gate_up; gate_offset < 0: no gate
   int64_t window;                           // positions a token sees, itself included; 0: all
   int32_t rope;                             // which rope table; -1: none
-  int32_t padding;
+  int32_t parallel;                         // 1: the MLP reads the stream as it was before the attention
 };
 
 struct acttail_rope {
@@ -107,11 +107,16 @@ struct acttail_model {
   // segments: dense.
   struct acttail_fused head_input;
   struct acttail_norm final_norm;
-  int64_t blocks, ropes, hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
+  const float* head_bias;  // [vocabulary] or null
+  const float* position;   // [positions][hidden], added to the embedding; or null. No sequence is longer
+  int64_t blocks, ropes, hidden, heads, kv_heads, head_dim, intermediate, vocabulary, positions;
   float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale;
+  float residual_scale;  // of what the attention and the MLP add to the stream
+  float logit_scale;     // of the head's products, before its bias and the bound
   int32_t layer_norm;  // 1: LayerNorm instead of RMSNorm
   int32_t activation;  // an acttail_activation
   int32_t kv_format;   // 0 fp32, 1 bf16, 2 int8 (formats.hpp)
+  int32_t padding;
 };
 
 struct acttail_engine;

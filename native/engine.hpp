@@ -59,7 +59,9 @@ struct acttail_engine {
   void step(acttail_cache& cache, int64_t token, float* logits);
 
   // What threads do, of one token or of each of several.
-  void embed(int64_t token, std::vector<float>& stream) const;
+  void embed(int64_t token, int64_t position, std::vector<float>& stream) const;
+  // From the head's products to logits first .. last - 1: the factor, the bias, the bound.
+  void finish_logits(float* logits, int64_t first, int64_t last) const;
   void collect(const acttail_fused& fused, acttail::Sums sums, int64_t begin, int64_t n, float* out) const;
   void norm(const acttail_norm& n, const float* x, int64_t width, float* y) const;
   // Collects a stage, norms it and adds it to the stream; out is room for it.

@@ -10,17 +10,23 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -68,6 +74,22 @@ def _config(family: str) -> PreTrainedConfig:
             return Phi3Config(**c)
         case "starcoder2":
             return Starcoder2Config(**c, sliding_window=8)
+        case "phi":
+            return PhiConfig(**{**c, "num_key_value_heads": 4}, partial_rotary_factor=0.5)
+        case "stablelm":
+            return StableLmConfig(**c, use_qkv_bias=True, partial_rotary_factor=0.5)
+        case "granite":
+            return GraniteConfig(
+                **c,
+                embedding_multiplier=2.0,
+                attention_multiplier=0.4,
+                residual_multiplier=0.6,
+                logits_scaling=3.0,
+            )
+        case "smollm3":
+            return SmolLM3Config(**c, no_rope_layers=[1, 0, 1])
+        case "seed-oss":
+            return SeedOssConfig(**c, head_dim=12)
         case "gpt2":
             return GPT2Config(
                 vocab_size=99, n_embd=48, n_layer=3, n_head=4, n_positions=128,
@@ -78,6 +100,11 @@ def _config(family: str) -> PreTrainedConfig:
                 vocab_size=99, hidden_size=48, ffn_dim=72, num_hidden_layers=3,
                 num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=48,
                 pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )  # fmt: skip
+        case "neox":  # which the native engine does not run
+            return GPTNeoXConfig(
+                vocab_size=99, hidden_size=48, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
+                max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
             )  # fmt: skip
         case "mixtral":
             return MixtralConfig(**c, num_local_experts=4, num_experts_per_tok=2)
@@ -96,7 +123,7 @@ def _config(family: str) -> PreTrainedConfig:
 
 FAMILIES = [
     "llama", "llama-mqa-tied", "llama-odd", "mistral", "qwen2", "qwen3", "gemma", "gemma2",
-    "gemma3", "phi3", "starcoder2", "gpt2", "opt", "mixtral", "qwen2-moe", "qwen3-moe",
+    "gemma3", "phi3", "starcoder2", "phi", "stablelm", "granite", "smollm3", "seed-oss", "gpt2", "opt", "mixtral", "qwen2-moe", "qwen3-moe",
 ]  # fmt: skip
 MOE = ["mixtral", "qwen2-moe", "qwen3-moe"]
 

@@ -113,7 +113,7 @@ def test_what_a_folder_holds_is_run_unless_something_else_is_asked_for(run, tiny
 
 
 def test_a_width_that_only_the_native_engine_has_is_refused_where_it_does_not_reach(run, tmp_path):
-    build("gpt2").save_pretrained(tmp_path)
+    build("neox").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     generate = ("generate", tmp_path, "--prompt", "abc", "--max-new-tokens", 2, "--json")
     code, out, err = run(*generate, "--dtype", "int8")

@@ -17,7 +17,7 @@ from acttail.sparse.policy import PrefillPolicy
 
 native = pytest.mark.skipif(not cpu.status().available, reason="no native library")
 # The native engine does not run these blocks, whatever the machine.
-FOREIGN = "gpt2"
+FOREIGN = "neox"
 
 
 def test_names_and_policies_are_read_once():

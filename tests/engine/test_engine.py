@@ -28,7 +28,7 @@ from acttail.sparse.state import sparse_state
 pytestmark = pytest.mark.skipif(not cpu.status().available, reason="no native library")
 FAMILIES = [
     "llama", "llama-mqa-tied", "llama-seven-heads", "llama-odd", "mistral", "qwen2", "qwen3", "gemma",
-    "gemma2", "gemma3", "phi3", "starcoder2",
+    "gemma2", "gemma3", "phi3", "starcoder2", "phi", "stablelm", "granite", "smollm3", "seed-oss", "gpt2", "opt",
 ]  # fmt: skip
 POSITIONS = 260
 
@@ -516,13 +516,13 @@ def test_generation_can_be_cancelled_and_goes_on():
 
 
 def test_unsupported_models_fall_back_and_say_so():
-    model = build("gpt2")
-    with pytest.raises(UnsupportedModelError, match="does not run gpt2"):
+    model = build("neox")
+    with pytest.raises(UnsupportedModelError, match="does not run gpt_neox"):
         Engine.from_model(model, native=True)
-    with pytest.warns(ActTailWarning, match="does not run gpt2"):
+    with pytest.warns(ActTailWarning, match="does not run gpt_neox"):
         engine = Engine.from_model(model, make_plan(model, 0.5))
     assert engine.name == "transformers"
-    assert "gpt2" in engine.reason
+    assert "gpt_neox" in engine.reason
     ids = tokens(model, 10)
     result = engine.generate(ids, max_new_tokens=5, sampling=Sampling(ignore_eos=True))
     with torch.no_grad():

@@ -63,6 +63,28 @@ def test_what_a_block_holds_beyond_its_family_is_refused():
     model.config.hidden_act = "tanh"
     with pytest.raises(UnsupportedModelError, match="activation tanh"):
         describe(model)
+    for family, key, value in (
+        ("stablelm", "use_parallel_residual", True), ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+        ("opt", "do_layer_norm_before", False),
+    ):  # fmt: skip
+        model = build(family)
+        setattr(model.config, key, value)
+        with pytest.raises(UnsupportedModelError, match=f"{family} models whose {key} is {value}"):
+            describe(model)
+
+
+def test_what_stands_beside_the_blocks_is_described():
+    opt = describe(build("opt"))
+    assert (opt.positions, opt.first_position) == ("model.decoder.embed_positions.weight", 2)
+    assert opt.context == 128
+    assert opt.ropes == ()
+    phi = describe(build("phi"))
+    assert phi.head_bias == "lm_head.bias"
+    assert phi.parallel
+    granite = describe(build("granite"))
+    assert (granite.attention_scale, granite.residual_scale) == (0.4, 0.6)
+    assert granite.logit_scale == pytest.approx(1 / 3)
+    assert [b.rope for b in describe(build("smollm3")).blocks] == [0, -1, 0]
 
 
 def test_descriptions_of_older_folders_are_read_and_strange_ones_refused():

@@ -138,6 +138,7 @@ struct Options {
   bool mixed = false;      // projections that read one vector have two formats
   bool one_scale = false;  // int8 and int4: one for all inputs of an output
   bool wina = false;       // score scales
+  bool learned = false;    // positions, halves of a block side by side, a bias of the head, factors
   int32_t activation = ACTTAIL_SILU;
   int order[3] = {0, 1, 2};  // of q, k, v in memory; gate and up are turned round where it descends
   uint32_t seed = 1;
@@ -150,7 +151,7 @@ inline float threshold(int member) { return 0.3f + 0.1f * static_cast<float>(mem
 class Decoder {
  public:
   static constexpr int64_t hidden = 44, heads = 4, kv_heads = 2, head_dim = 10, inner = 67, vocabulary = 99,
-                           blocks = 2, half = 3;
+                           blocks = 2, half = 3, positions = 64;
 
   explicit Decoder(const Options& options) : o(options) {
     for (int i = 0; i < 256; ++i) {
@@ -179,6 +180,8 @@ class Decoder {
       block.input_norm = block.mlp_norm = block.q_norm = block.k_norm = norm;
       if (o.biased) block.attention_norm = block.output_norm = norm;
       block.window = b == 1 ? 3 : 0;
+      block.parallel = o.learned;
+      if (o.learned) block.rope = -1;
       block_.push_back(block);
     }
     rope_ = {inv_freq_, half, 1.0f, 0};
@@ -197,6 +200,14 @@ class Decoder {
     model.attention_softcap = o.biased ? 20.0f : 0.0f;
     model.logit_softcap = o.biased ? 30.0f : 0.0f;
     model.embedding_scale = o.biased ? 1.5f : 1.0f;
+    model.residual_scale = o.learned ? 0.7f : 1.0f;
+    model.logit_scale = o.learned ? 1.3f : 1.0f;
+    if (o.learned) {
+      for (uint32_t i = 0; i < positions * hidden; ++i) position_.push_back(0.2f * unit(mix(o.seed, 5, 0, i)));
+      model.position = position_.data();
+      model.positions = positions;
+      model.head_bias = noise_.data();
+    }
     model.layer_norm = o.layer_norm;
     model.activation = o.activation;
     model.kv_format = o.kv;
@@ -358,7 +369,7 @@ class Decoder {
       Vector h(all.begin() + static_cast<long>(index * head_dim), all.begin() + static_cast<long>((index + 1) * head_dim));
       if (!turn) return h;
       h = norm(h, head_dim);
-      for (size_t i = 0; i < half; ++i) {
+      for (size_t i = 0; !d.o.learned && i < half; ++i) {
         const double angle = position * static_cast<double>(d.inv_freq_[i]);
         const double a = h[i], b = h[i + half];
         h[i] = a * std::cos(angle) - b * std::sin(angle);
@@ -422,14 +433,19 @@ class Decoder {
       Vector x(hidden);
       for (int64_t i = 0; i < hidden; ++i) {
         x[static_cast<size_t>(i)] = table.value(i, id) * static_cast<double>(d.model.embedding_scale);
+        if (d.o.learned) {
+          const size_t at = static_cast<size_t>(position) * static_cast<size_t>(hidden) + static_cast<size_t>(i);
+          x[static_cast<size_t>(i)] += static_cast<double>(d.position_[at]);
+        }
       }
       const auto add = [&](Vector y) {
         if (d.o.biased) y = norm(y, hidden);
-        for (size_t i = 0; i < hidden; ++i) x[i] += y[i];
+        for (size_t i = 0; i < hidden; ++i) x[i] += y[i] * static_cast<double>(d.model.residual_scale);
       };
       for (int64_t b = 0; b < blocks; ++b) {
-        add(attention(b, norm(x, hidden)));
-        const Vector h = norm(x, hidden);
+        const Vector before = norm(x, hidden);
+        add(attention(b, before));
+        const Vector h = d.o.learned ? before : norm(x, hidden);
         Vector up = project(b, 5, h);
         if (d.o.gated) {
           const Vector gate = project(b, 4, h);
@@ -443,6 +459,7 @@ class Decoder {
       for (int64_t w = 0; w < vocabulary; ++w) {
         double s = 0;
         for (int64_t i = 0; i < hidden; ++i) s += h[static_cast<size_t>(i)] * table.value(i, w);
+        if (d.o.learned) s = s * static_cast<double>(d.model.logit_scale) + static_cast<double>(d.noise_[static_cast<size_t>(w)]);
         out.push_back(d.o.biased ? 30 * std::tanh(s / 30) : s);
       }
       read += static_cast<double>(vocabulary * hidden);
@@ -458,7 +475,7 @@ class Decoder {
   std::vector<uint32_t> by_id_;
   std::vector<std::vector<float>> bias_;
   std::vector<acttail_block> block_;
-  std::vector<float> norm_, shift_, score_, noise_;
+  std::vector<float> norm_, shift_, score_, noise_, position_;
   float inv_freq_[half] = {1.0f, 0.1f, 0.01f};
   acttail_rope rope_{};
 };

@@ -194,6 +194,33 @@ void refused_batches() {
   acttail_engine_free(engine);
 }
 
+// No sequence is longer than its model's positions, not by a cache of another model's either.
+void beyond_positions() {
+  Options o;
+  const Decoder any(o);
+  o.learned = true;
+  const Decoder d(o);
+  acttail_engine *engine = nullptr, *other = nullptr;
+  acttail_cache* cache = nullptr;
+  if (acttail_engine_new(&d.model, 1, &engine) != ACTTAIL_OK || acttail_engine_new(&any.model, 1, &other) != ACTTAIL_OK) {
+    std::abort();
+  }
+  expect(acttail_cache_new(engine, Decoder::positions + 1, &cache) == ACTTAIL_BAD_ARGUMENT, "a cache beyond positions", o);
+  if (acttail_cache_new(other, Decoder::positions + 1, &cache) != ACTTAIL_OK) std::abort();
+  const int64_t token = 1;
+  float* const none[1] = {};
+  expect(acttail_engine_forward(engine, cache, &token, 1, 0, nullptr, nullptr) == ACTTAIL_BAD_ARGUMENT &&
+             acttail_engine_step(engine, &cache, &token, 1, none, nullptr) == ACTTAIL_BAD_ARGUMENT,
+         "another model's longer cache", o);
+  acttail_cache_free(cache);
+  acttail_model wrong = d.model;
+  wrong.positions = 0;
+  acttail_engine* none_made = nullptr;
+  expect(acttail_engine_new(&wrong, 1, &none_made) == ACTTAIL_BAD_ARGUMENT, "no positions", o);
+  acttail_engine_free(engine);
+  acttail_engine_free(other);
+}
+
 // Long enough for every path of the attention, and for sanitizers to see the threads at work.
 void long_run(const Options& o) {
   for (int threads : {1, 4}) {
@@ -410,6 +437,10 @@ int main() {
       o.activation = ACTTAIL_GELU_ERF;
       against_truth(o);
       together(o);
+      o.learned = true;
+      against_truth(o);
+      together(o);
+      o.learned = false;
       o.layer_norm = false;
       o.gated = o.biased = o.one_scale = true;
       o.activation = ACTTAIL_GELU_TANH;
@@ -443,6 +474,7 @@ int main() {
   }
   refusals();
   refused_batches();
+  beyond_positions();
   malformed();
   forked();
   std::printf("engine (%s): %s\n", acttail_isa(), failures == 0 ? "ok" : "FAILED");

@@ -15,7 +15,7 @@ from acttail.base.progress import Progress
 from acttail.engine.blocks import padded
 from acttail.engine.config import EngineConfig
 from acttail.engine.formats import DEFAULT, Format, format_of_kind, weight_format
-from acttail.engine.layout import FUSED, HEAD_MATRIX, Layout, Segment, Sizes
+from acttail.engine.layout import FUSED, HEAD_BIAS, HEAD_MATRIX, POSITIONS, Layout, Segment, Sizes
 from acttail.engine.packing import pack, unpack
 from acttail.engine.shapes import Shape, shape_for
 from acttail.engine.spec import DecoderSpec, bias_of
@@ -280,6 +280,21 @@ class Conversion:
             if values.numel() != width:
                 raise ActTailError(f"{name} has {values.numel()} entries, not {width}")
             yield name, (values + shift).clone()
+        spec = self.spec
+        if spec.positions is not None:
+            table = self.weights.tensor(spec.positions).float()[spec.first_position :]
+            if table.shape != (spec.context, spec.hidden):
+                raise ActTailError(
+                    f"{spec.positions} has not {spec.context} positions of {spec.hidden} features"
+                )
+            yield POSITIONS, table.contiguous()
+        if spec.head_bias is not None:
+            bias = self.weights.tensor(spec.head_bias).float()
+            if bias.shape != (spec.vocabulary,):
+                raise ActTailError(
+                    f"{spec.head_bias} has {bias.numel()} entries, not {spec.vocabulary}"
+                )
+            yield HEAD_BIAS, bias.contiguous()
 
     def _write(self, name: str, shape: Shape, into: dict[str, torch.Tensor]) -> None:
         """Fill the tensors of one matrix."""

@@ -35,29 +35,28 @@ def describe(model: Any) -> DecoderSpec:
             f"the native engine does not run {name} models (it runs {', '.join(FAMILIES)})"
         )
     family = FAMILIES[name]
-    _check_variant(config)
+    _check_variant(family, config)
     path, stack = decoder_blocks(model)
     prefix = path.rpartition(".")[0]
     root: Any = model.get_submodule(prefix)
     projections: dict[int, dict[str, Projection]] = {}
     for p in find_projections(model):
         projections.setdefault(p.block, {})[p.kind] = p
-    tables, index_of = _ropes(root, config)
-    layer_types: Any = getattr(config, "layer_types", None)
+    tables, index_of = _ropes(family, root, config)
     blocks = tuple(
         BlockSpec(
             _projections(family, projections[i], i),
             _norms(family, f"{path}.{i}", block, projections[i], i),
             family.window(config, i),
-            index_of[None] if None in index_of else index_of[layer_types[i]],
+            _rope_of(family, config, index_of, i),
         )
         for i, block in enumerate(stack)
     )
     inner = projections[0]["fc2" if "fc2" in family.projections else "down"]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise UnsupportedModelError("the native engine needs an output head without a bias")
+    if head is None:
+        raise UnsupportedModelError("the native engine needs an output head")
     embedding = _name_of(model, model.get_input_embeddings())
     # What transformers has untied, because the checkpoint has a head of its own, is not tied.
     table: Any = head.weight
@@ -65,20 +64,34 @@ def describe(model: Any) -> DecoderSpec:
         table is model.get_input_embeddings().weight or table.device.type == "meta"
     )
 
-    def setting(key: str | None) -> float:
-        return float((getattr(config, key, None) if key else None) or 0.0)
+    def setting(key: str | float | None, default: float = 0.0) -> float:
+        found = getattr(config, key, None) if isinstance(key, str) else key
+        return float(found or default)
+
+    vocabulary: Any = model.get_input_embeddings()
+    if vocabulary.embedding_dim != config.hidden_size:
+        raise UnsupportedModelError(
+            f"the native engine does not run embeddings of {vocabulary.embedding_dim} features in a stream of "
+            f"{config.hidden_size}"
+        )
 
     return DecoderSpec(
         family=name, hidden=config.hidden_size, heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads or config.num_attention_heads, head_dim=head_dim,
-        intermediate=inner.d_in, vocabulary=root.embed_tokens.num_embeddings,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim=head_dim,
+        intermediate=inner.d_in, vocabulary=vocabulary.num_embeddings,
         context=_context(config), norm_eps=setting(family.norm_eps), norm_shift=family.norm_shift,
         activation=_activation(family, config),
-        attention_scale=(setting(family.attention_scalar) or head_dim) ** -0.5,
+        attention_scale=setting(family.attention_scale, setting(family.attention_scalar, head_dim) ** -0.5),
         attention_softcap=setting(family.attention_softcap), logit_softcap=setting(family.logit_softcap),
         embedding_scale=family.embedding_scale(config),
         embedding=embedding, head=embedding if tied else _name_of(model, head),
-        final_norm=f"{prefix}.norm.weight", blocks=blocks, ropes=tables, layer_norm=family.layer_norm,
+        final_norm=f"{prefix}.{family.final_norm}.weight", blocks=blocks, ropes=tables,
+        layer_norm=family.layer_norm,
+        positions=f"{prefix}.{family.positions.module}.weight" if family.positions else None,
+        first_position=family.positions.first if family.positions else 0,
+        head_bias=f"{_name_of(model, head).removesuffix('weight')}bias" if getattr(head, "bias", None) is not None else None,
+        parallel=family.parallel, residual_scale=setting(family.residual_scale, 1.0),
+        logit_scale=1 / setting(family.logit_divisor, 1.0),
     )  # fmt: skip
 
 
@@ -95,13 +108,19 @@ def with_own_head(spec: DecoderSpec, model: Any, weights: StoredWeights) -> Deco
     return replace(spec, head=head) if tied and weights.apart(head, spec.embedding) else spec
 
 
-def _check_variant(config: Any) -> None:
+def _check_variant(family: Family, config: Any) -> None:
     for key, why in (
         ("use_bidirectional_attention", "bidirectional attention"),
         ("alibi", "ALiBi"),
     ):
         if getattr(config, key, None):
             raise UnsupportedModelError(f"the native engine does not run {why}")
+    for key, value in family.only.items():
+        found = getattr(config, key, value)
+        if found != value:
+            raise UnsupportedModelError(
+                f"the native engine does not run {config.model_type} models whose {key} is {found}"
+            )
 
 
 def _context(config: Any) -> int:
@@ -124,9 +143,11 @@ def _activation(family: Family, config: Any) -> int:
 
 
 def _ropes(
-    root: Any, config: Any
+    family: Family, root: Any, config: Any
 ) -> tuple[tuple[tuple[list[float], float], ...], dict[str | None, int]]:
-    """Rope tables, and layer type (None: every layer) -> index."""
+    """Rope tables, and layer type (None: every layer) -> index, which is -1 for none."""
+    if family.positions is not None:
+        return (), {None: -1}
     with torch.device("cpu"):
         rotary = type(root.rotary_emb)(config=config)
     if hasattr(rotary, "inv_freq"):
@@ -142,6 +163,13 @@ def _ropes(
         scale = float(getattr(rotary, f"{layer_type}_attention_scaling"))
         tables.append((frequencies.float().tolist(), scale))
     return tuple(tables), index
+
+
+def _rope_of(family: Family, config: Any, index_of: Mapping[str | None, int], block: int) -> int:
+    """Index of a block's rope table; -1 for none."""
+    if family.turned is not None and not family.turned(config, block):
+        return -1
+    return index_of[None] if None in index_of else index_of[config.layer_types[block]]
 
 
 def _projections(

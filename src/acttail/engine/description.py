@@ -59,6 +59,8 @@ def _check_spec(spec: DecoderSpec) -> None:
         _refuse(f"{spec.heads} heads share {spec.kv_heads} keys")
     if spec.layer_norm != family.layer_norm:
         _refuse(f"its norms are not those of {spec.family}")
+    if (spec.positions is None) != (family.positions is None) or spec.parallel != family.parallel:
+        _refuse(f"its blocks are not those of {spec.family}")
     for frequencies, _ in spec.ropes:
         if len(frequencies) > spec.head_dim // 2:
             _refuse(f"{len(frequencies)} frequencies turn heads of {spec.head_dim}")
@@ -67,7 +69,8 @@ def _check_spec(spec: DecoderSpec) -> None:
             _refuse(f"block {i} has the projections {', '.join(sorted(block.projections))}")
         if set(block.norms) != set(family.norms):
             _refuse(f"block {i} has the norms {', '.join(sorted(block.norms))}")
-        if block.rope >= len(spec.ropes):
+        plain = family.positions is not None or family.turned is not None
+        if block.rope >= len(spec.ropes) or (block.rope < 0 and not plain):
             _refuse(f"block {i} wants rope table {block.rope} of {len(spec.ropes)}")
 
 

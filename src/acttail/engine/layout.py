@@ -20,6 +20,8 @@ VERSION = 2
 READ = (1, VERSION)
 # The output head's matrix; a head that is the embedding read by outputs has none.
 HEAD_MATRIX = "head"
+# float32 tables that a few families have: of learned positions, and of the head.
+POSITIONS, HEAD_BIAS = "positions", "head_bias"
 # Which projections are put side by side, the stages of a block: those that read one vector.
 FUSED = (
     ("qkv", ("q", "k", "v", "qkv")), ("o", ("o",)),
@@ -139,7 +141,12 @@ class Layout:
             found |= {f"{name}.{suffix}": entry for suffix, entry in shape.tensors().items()}
             if name in biased:
                 found[f"{name}.bias"] = torch.float32, (self.stage(name)[-1].end,)
-        return found | {name: (torch.float32, (width,)) for name, width in self.norms()}
+        found |= {name: (torch.float32, (width,)) for name, width in self.norms()}
+        if self.spec.positions is not None:
+            found[POSITIONS] = torch.float32, (self.spec.context, self.spec.hidden)
+        if self.spec.head_bias is not None:
+            found[HEAD_BIAS] = torch.float32, (self.spec.vocabulary,)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""

@@ -11,9 +11,9 @@ import torch
 
 from acttail.engine.blocks import padded
 from acttail.engine.formats import kv_format
-from acttail.engine.layout import HEAD_MATRIX, Layout, Segment
+from acttail.engine.layout import HEAD_BIAS, HEAD_MATRIX, POSITIONS, Layout, Segment
 from acttail.engine.packing import unpack
-from acttail.engine.spec import check_rule
+from acttail.engine.spec import check_rule, mlp_norm_of
 from acttail.engine.store import Packed
 from acttail.engine.transcode import matrix_struct
 from acttail.errors import ActTailError, PlanError
@@ -200,7 +200,9 @@ class NativeDecoder:
                 setattr(block, role, self._norm(f"blocks.{i}.{role}"))
             for kind, offset in offsets(layout, i, spec).items():
                 setattr(block, f"{kind}_offset", offset)
+            block.mlp_norm = self._norm(f"blocks.{i}.{mlp_norm_of(described.norms)}")
             block.window, block.rope = described.window, described.rope
+            block.parallel = int(spec.parallel)
         ropes = (Rope * len(spec.ropes))()
         for rope, (frequencies, scale) in zip(ropes, spec.ropes, strict=True):
             rope.inv_freq = self._float(torch.tensor(frequencies))
@@ -221,8 +223,13 @@ class NativeDecoder:
         # Gemma's factor was trained rounded to the model's dtype.
         factor = torch.tensor(spec.embedding_scale)
         factor = factor.to(layout.format.compute).float()
+        tables = {
+            field: self.packed.tensors[name].data_ptr() if name in self.packed.tensors else None
+            for field, name in (("position", POSITIONS), ("head_bias", HEAD_BIAS))
+        }
         return Model(
             block=blocks, rope=ropes, embedding=embedding, head=head, head_input=head_input, final_norm=self._norm("final_norm"),
+            **tables, positions=spec.context, residual_scale=spec.residual_scale, logit_scale=spec.logit_scale,
             blocks=len(spec.blocks), ropes=len(spec.ropes), hidden=spec.hidden, heads=spec.heads,
             kv_heads=spec.kv_heads, head_dim=spec.head_dim, intermediate=spec.intermediate,
             vocabulary=spec.vocabulary, norm_eps=spec.norm_eps, attention_scale=spec.attention_scale,

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from acttail.engine.layout import HEAD_MATRIX
+from acttail.engine.layout import HEAD_BIAS, HEAD_MATRIX, POSITIONS
 from acttail.engine.native import NativeDecoder, offsets
 from acttail.engine.packing import unpack
 from acttail.engine.shapes import Shape
-from acttail.engine.spec import BlockSpec, DecoderSpec
+from acttail.engine.spec import BlockSpec, DecoderSpec, mlp_norm_of
 from acttail.engine.transcode import matrix_struct
 from acttail.sparse.rules import Dense
 
@@ -81,15 +81,17 @@ class Prefill:
         Returns:
             [n, hidden] the stream after the last norm, in the compute dtype.
         """
-        x = self._embed(tokens)
+        x = self._embed(tokens, past)
         positions = torch.arange(past, past + len(tokens), dtype=torch.float32)
         ropes = [self._rope(f, s, positions) for f, s in self.spec.ropes]
         masks: dict[int, torch.Tensor] = {}
         for i, block in enumerate(self.spec.blocks):
             h = self._norm(f"blocks.{i}.input_norm", x)
-            a = self._attention(i, block, h, ropes[block.rope], rows, cache, past, masks)
-            x = x + self._norm(f"blocks.{i}.attention_norm", a)
-            h = self._norm(f"blocks.{i}.mlp_norm", x)
+            rope = ropes[block.rope] if block.rope >= 0 else None
+            a = self._attention(i, block, h, rope, rows, cache, past, masks)
+            before, x = x, x + self._scaled(self._norm(f"blocks.{i}.attention_norm", a))
+            role = mlp_norm_of(block.norms)
+            h = self._norm(f"blocks.{i}.{role}", before if self.spec.parallel else x)
             at = offsets(self.decoder.packed.layout, i, self.spec)
             both = self._project(f"blocks.{i}.gate_up", h, rows)
             activate = _ACTIVATIONS[self.spec.activation]
@@ -99,7 +101,7 @@ class Prefill:
             else:
                 inner = activate(both[:, at["gate"] : at["gate"] + self.spec.intermediate]) * inner
             m = self._project(f"blocks.{i}.down", inner, rows)[:, : self.spec.hidden]
-            x = x + self._norm(f"blocks.{i}.output_norm", m)
+            x = x + self._scaled(self._norm(f"blocks.{i}.output_norm", m))
         return self._norm("final_norm", x)
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor | bool) -> torch.Tensor:
@@ -112,7 +114,10 @@ class Prefill:
         plan = self.decoder.plan
         if plan is not None and plan.head is not None and rows is not False:
             hidden = self._select(plan.head[0], hidden, rows)
-        out = self._head(hidden)
+        out = self._head(hidden) * self.spec.logit_scale
+        bias = self._tensors.get(HEAD_BIAS)
+        if bias is not None:
+            out += bias
         cap = self.spec.logit_softcap
         return torch.tanh(out / cap) * cap if cap else out
 
@@ -146,13 +151,19 @@ class Prefill:
             out[:, begin:wanted] = (hidden.to(self.dtype) @ part)[:, : wanted - begin].float()
         return out
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.spec.residual_scale if self.spec.residual_scale != 1.0 else x
+
+    def _embed(self, tokens: torch.Tensor, past: int) -> torch.Tensor:
         packed = self.decoder.packed
         shape = packed.layout.shapes["embedding"]
         picked = {k: t.index_select(0, tokens) for k, t in packed.matrix("embedding").items()}
         x = unpack(picked, shape)[:, : self.spec.hidden].to(self.dtype)
         scale = torch.tensor(self.spec.embedding_scale, dtype=self.dtype)
-        return x * scale if self.spec.embedding_scale != 1.0 else x
+        if self.spec.embedding_scale != 1.0:
+            x = x * scale
+        positions = self._tensors.get(POSITIONS)
+        return x if positions is None else x + positions[past : past + len(tokens)].to(self.dtype)
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight = self._tensors.get(name)
@@ -201,7 +212,7 @@ class Prefill:
         return kept if rows is True else torch.where(rows[:, None], kept, x)  # type: ignore[index]
 
     def _attention(
-        self, index: int, block: BlockSpec, h: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor],
+        self, index: int, block: BlockSpec, h: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None,
         rows: torch.Tensor | bool, cache: int, past: int, masks: dict[int, torch.Tensor],
     ) -> torch.Tensor:  # fmt: skip
         spec, n = self.spec, len(h)
@@ -212,7 +223,7 @@ class Prefill:
             width = count * spec.head_dim
             part = qkv[:, at[kind] : at[kind] + width].reshape(n, count, spec.head_dim)
             part = self._norm(f"blocks.{index}.{kind}_norm", part)
-            return part if kind == "v" else _rotate(part, *rope)
+            return part if kind == "v" or rope is None else _rotate(part, *rope)
 
         q, k, v = heads("q", spec.heads), heads("k", spec.kv_heads), heads("v", spec.kv_heads)
         keys, values = k.float().contiguous(), v.float().contiguous()

@@ -3,6 +3,7 @@
 Data alone: :mod:`acttail.engine.describe` makes it of a model, prompts and native kernels run by it.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -38,6 +39,11 @@ def check_rule(plan: SparsityPlan | None) -> None:
         )
 
 
+def mlp_norm_of(norms: Container[str]) -> str:
+    """The role of the norm before a block's MLP: its own, or the one before its attention."""
+    return "mlp_norm" if "mlp_norm" in norms else "input_norm"
+
+
 def bias_of(norm: str) -> str:
     """Parameter name of a norm's bias, from that of its weight."""
     return f"{norm.removesuffix('.weight')}.bias"
@@ -50,9 +56,10 @@ class BlockSpec:
     Attributes:
         projections: kind -> name, for q, k, v, o, gate, up, down, the fused qkv and gate_up, or the
             fc1 and fc2 of an MLP without a gate.
-        norms: role (input_norm, attention_norm, mlp_norm, output_norm, q_norm, k_norm) -> parameter.
+        norms: role (input_norm, attention_norm, mlp_norm, output_norm, q_norm, k_norm) -> parameter; without
+            an mlp_norm the input_norm is that, too.
         window: positions a token sees, itself included; 0 for all.
-        rope: index of the rope table.
+        rope: index of the rope table; -1 for none.
     """
 
     __pydantic_config__ = STRICT
@@ -60,7 +67,7 @@ class BlockSpec:
     projections: dict[Name, Name]
     norms: dict[Name, Name]
     window: Count
-    rope: Annotated[int, Ge(0)]
+    rope: Annotated[int, Ge(-1)]
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,12 @@ class DecoderSpec:
         embedding: parameter name of the embedding.
         head: parameter name of the output head; the embedding's if tied.
         final_norm: parameter name.
+        positions: parameter name of a learned embedding of positions; None without.
+        first_position: its row of position 0.
+        head_bias: parameter name; None without.
+        parallel: the MLP reads the stream as it was before the attention.
+        residual_scale: of what attention and MLP add to the stream.
+        logit_scale: of the head's products, before its bias.
     """
 
     __pydantic_config__ = STRICT
@@ -101,3 +114,9 @@ class DecoderSpec:
     blocks: Annotated[tuple[BlockSpec, ...], Len(1, 1 << 16)]
     ropes: tuple[tuple[list[float], float], ...]
     layer_norm: bool = False
+    positions: Name | None = None
+    first_position: Count = 0
+    head_bias: Name | None = None
+    parallel: bool = False
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0

@@ -1,6 +1,16 @@
 """Block families that the native engine runs: one short file each, and a line here per model type."""
 
-from acttail.engine.families import gemma, llama, phi3, qwen, starcoder2
+from acttail.engine.families import (
+    gemma,
+    gpt2,
+    granite,
+    llama,
+    phi,
+    qwen,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from acttail.engine.families.family import Family
 
 __all__ = ["FAMILIES", "Family"]
@@ -14,6 +24,13 @@ FAMILIES: dict[str, Family] = {
     "gemma": gemma.GEMMA,
     "gemma2": gemma.GEMMA2,
     "gemma3_text": gemma.GEMMA3,
-    "phi3": phi3.PHI3,
+    "phi": phi.PHI,
+    "phi3": phi.PHI3,
     "starcoder2": starcoder2.STARCODER2,
+    "stablelm": stablelm.STABLELM,
+    "granite": granite.GRANITE,
+    "smollm3": smollm3.SMOLLM3,
+    "seed_oss": llama.LLAMA,
+    "gpt2": gpt2.GPT2,
+    "opt": gpt2.OPT,
 }

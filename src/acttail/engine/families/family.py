@@ -1,7 +1,7 @@
 """What one block family is: the fields that differ between families, each with its commonest value."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # Norms of a block by the role they play (see struct acttail_block), for the two ways of naming them.
@@ -15,6 +15,19 @@ HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 GATED = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 FUSED = frozenset({"qkv", "o", "gate_up", "down"})
 GATELESS = frozenset({"q", "k", "v", "o", "fc1", "fc2"})
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A learned embedding of positions, added to that of tokens; such models have no rotary embedding.
+
+    Attributes:
+        module: beside the blocks.
+        first: its row of position 0.
+    """
+
+    module: str
+    first: int = 0
 
 
 def no_window(config: Any, index: int) -> int:
@@ -39,7 +52,7 @@ class Family:
 
     Attributes:
         norms: role -> module of the block.
-        norm_eps: config key of the norms' epsilon.
+        norm_eps: config key of the norms' epsilon, or the number where no key names it.
         norm_shift: added to every norm's weight.
         layer_norm: LayerNorm with weight and bias instead of RMSNorm.
         projections: kinds of the block's projections (see :class:`Projection`).
@@ -50,10 +63,18 @@ class Family:
             of a head.
         attention_softcap: config key of the bound on the scores; None for none.
         logit_softcap: config key of the bound on the logits; None for none.
+        final_norm: module beside the blocks.
+        positions: learned ones; None for a rotary embedding.
+        turned: (config, block) -> whether it has the rotary embedding; None where every block has.
+        parallel: the MLP reads the stream as the attention does, before it.
+        attention_scale: config key of the scores' factor itself; None for attention_scalar's.
+        residual_scale: config key of the factor of what the two halves of a block add; None for 1.
+        logit_divisor: config key of what the logits are divided by; None for 1.
+        only: config keys and the value that each must have, if it is there: other variants are refused.
     """
 
     norms: Mapping[str, str]
-    norm_eps: str = "rms_norm_eps"
+    norm_eps: str | float = "rms_norm_eps"
     norm_shift: float = 0.0
     layer_norm: bool = False
     projections: frozenset[str] = GATED
@@ -63,3 +84,11 @@ class Family:
     attention_scalar: str | None = None
     attention_softcap: str | None = None
     logit_softcap: str | None = None
+    final_norm: str = "norm"
+    positions: Positions | None = None
+    turned: Callable[[Any, int], bool] | None = None
+    parallel: bool = False
+    attention_scale: str | None = None
+    residual_scale: str | None = None
+    logit_divisor: str | None = None
+    only: Mapping[str, Any] = field(default_factory=dict)

@@ -6,7 +6,7 @@ Knows nothing of models. :func:`mismatch` compares every mirror with the library
 import ctypes
 from typing import Any
 
-VERSION = 9
+VERSION = 10
 _pointer, _int, _i32, _i64, _f32 = (
     ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_int64, ctypes.c_float,
 )  # fmt: skip
@@ -57,7 +57,7 @@ class Block(ctypes.Structure):
         ("input_norm", Norm), ("attention_norm", Norm), ("mlp_norm", Norm), ("output_norm", Norm),
         ("q_norm", Norm), ("k_norm", Norm),
         ("q_offset", _i64), ("k_offset", _i64), ("v_offset", _i64), ("gate_offset", _i64), ("up_offset", _i64),
-        ("window", _i64), ("rope", _i32), ("padding", _i32),
+        ("window", _i64), ("rope", _i32), ("parallel", _i32),
     )  # fmt: skip
 
 
@@ -72,12 +72,12 @@ class Model(ctypes.Structure):
 
     _fields_ = (
         ("block", ctypes.POINTER(Block)), ("rope", ctypes.POINTER(Rope)), ("embedding", Matrix),
-        ("head", Matrix), ("head_input", Fused), ("final_norm", Norm),
+        ("head", Matrix), ("head_input", Fused), ("final_norm", Norm), ("head_bias", _pointer), ("position", _pointer),
         ("blocks", _i64), ("ropes", _i64), ("hidden", _i64), ("heads", _i64), ("kv_heads", _i64),
-        ("head_dim", _i64), ("intermediate", _i64), ("vocabulary", _i64),
+        ("head_dim", _i64), ("intermediate", _i64), ("vocabulary", _i64), ("positions", _i64),
         ("norm_eps", _f32), ("attention_scale", _f32), ("attention_softcap", _f32),
-        ("logit_softcap", _f32), ("embedding_scale", _f32),
-        ("layer_norm", _i32), ("activation", _i32), ("kv_format", _i32),
+        ("logit_softcap", _f32), ("embedding_scale", _f32), ("residual_scale", _f32), ("logit_scale", _f32),
+        ("layer_norm", _i32), ("activation", _i32), ("kv_format", _i32), ("padding", _i32),
     )  # fmt: skip
 
 
