@@ -13,6 +13,11 @@
 #include "half.hpp"
 #include ACTTAIL_SIMD
 
+// Of AVX-512 without VNNI there is no machine to measure on; it keeps to floats.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define ACTTAIL_PAIRS
+#endif
+
 namespace {
 using namespace acttail;
 #include "topk_rows.inc"
@@ -20,13 +25,21 @@ using namespace acttail;
 #include "formats.inc"
 #include "ahead.inc"
 #if defined(__AVX512VNNI__)
+#include "quads.inc"
 #include "vnni.inc"
 #endif
 #include "blocks.inc"
+#if defined(ACTTAIL_PAIRS)
+#include "quads.inc"
+#include "pairs.inc"
+#endif
 #include "gemv.inc"
 #include "together.inc"
 #if defined(__AVX512VNNI__)
 #include "vnni_together.inc"
+#endif
+#if defined(ACTTAIL_PAIRS)
+#include "pairs_together.inc"
 #endif
 #include "blocks_together.inc"
 #include "add_together.inc"
