@@ -118,17 +118,16 @@ void Batch::attention(int t, int64_t block) {
   const int64_t per_kv = m.heads / m.kv_heads, last = m.heads * (t + 1) / threads;
   for (int64_t i = 0; i < count_; ++i) {
     const Position p = position(i);
-    const int64_t at = p.index * p.cache.position_bytes();
     int64_t heads = 0;
     for (int64_t h = m.heads * t / threads; h < last; h += heads) {
       const int64_t group = h / per_kv;
       heads = std::min(last, (group + 1) * per_kv) - h;
       KvHead kv{};
-      kv.last_key = p.cache.keys(block, group) + at;
-      kv.last_value = p.cache.values(block, group) + at;
-      if (p.cache.key_scales(block, group) != nullptr) {
-        kv.last_key_scale = p.cache.key_scales(block, group)[p.index];
-        kv.last_value_scale = p.cache.value_scales(block, group)[p.index];
+      kv.last_key = p.cache.key(block, group, p.index);
+      kv.last_value = p.cache.value(block, group, p.index);
+      if (p.cache.scaled()) {
+        kv.last_key_scale = *p.cache.key_scale(block, group, p.index);
+        kv.last_value_scale = *p.cache.value_scale(block, group, p.index);
       }
       engine_.attend(w, b, block, p, h, heads, kv);
     }

@@ -89,11 +89,11 @@ acttail_engine::acttail_engine(const acttail_model& m, int threads)
 
 acttail_engine::~acttail_engine() = default;
 
-// Room for the attention to `capacity` positions, before threads that may not allocate need it.
-void acttail_engine::reserve(int64_t capacity) {
-  const size_t needed = static_cast<size_t>(capacity * acttail::kMostHeads);
+// Room for the attention to `positions`, before threads that may not allocate need it.
+void acttail_engine::reserve(int64_t positions) {
+  const size_t needed = static_cast<size_t>(positions * acttail::kMostHeads);
   for (auto& w : workers) {
-    if (w->scores.size() < needed) w->scores.resize(needed);
+    if (w->scores.size() < needed) w->scores.resize(std::max(needed, 2 * w->scores.size()));
   }
 }
 
@@ -200,12 +200,12 @@ void acttail_engine::make_entry(Worker& w, const acttail_block& b, const acttail
 void acttail_engine::keep_entry(const Worker& w, int64_t block, const acttail::Position& p, int64_t group,
                                 float key_scale, float value_scale) const {
   acttail_cache& cache = p.cache;
-  const int64_t bytes = cache.position_bytes();
-  std::memcpy(cache.keys(block, group) + p.index * bytes, w.key.data(), static_cast<size_t>(bytes));
-  std::memcpy(cache.values(block, group) + p.index * bytes, w.value.data(), static_cast<size_t>(bytes));
-  if (cache.key_scales(block, group) == nullptr) return;
-  cache.key_scales(block, group)[p.index] = key_scale;
-  cache.value_scales(block, group)[p.index] = value_scale;
+  const size_t bytes = static_cast<size_t>(cache.position_bytes());
+  std::memcpy(cache.key(block, group, p.index), w.key.data(), bytes);
+  std::memcpy(cache.value(block, group, p.index), w.value.data(), bytes);
+  if (!cache.scaled()) return;
+  *cache.key_scale(block, group, p.index) = key_scale;
+  *cache.value_scale(block, group, p.index) = value_scale;
 }
 
 void acttail_engine::attend(Worker& w, const acttail_block& b, int64_t block, const acttail::Position& p,
@@ -216,10 +216,12 @@ void acttail_engine::attend(Worker& w, const acttail_block& b, int64_t block, co
   kv.width = cache.width;
   kv.length = p.index + 1;
   kv.first = b.window > 0 ? std::max<int64_t>(0, p.index + 1 - b.window) : 0;
-  kv.keys = cache.keys(block, group);
-  kv.values = cache.values(block, group);
-  kv.key_scale = cache.key_scales(block, group);
-  kv.value_scale = cache.value_scales(block, group);
+  kv.pages = cache.starts.data();
+  kv.keys = cache.keys_at(block, group);
+  kv.values = kv.keys + cache.slab();
+  kv.scaled = cache.scaled();
+  kv.key_scales = cache.scales_at(block, group);
+  kv.value_scales = kv.key_scales + acttail::kPage * static_cast<int64_t>(sizeof(float));
   float* const heads = w.heads.data();
   for (int64_t i = 0; i < count; ++i) {
     turned(*this, b, p, b.q_norm, b.q_offset + (first + i) * d, heads + i * cache.width);
@@ -353,7 +355,8 @@ int acttail_engine_forward(acttail_engine* engine, acttail_cache* cache, const i
     if (tokens[i] < 0 || tokens[i] >= vocabulary) return ACTTAIL_BAD_ARGUMENT;
   }
   return acttail::guarded([&] {
-    engine->reserve(cache->capacity);
+    engine->reserve(cache->length + count);
+    cache->reserve(cache->length, cache->length + count);
     engine->workers[0]->read = 0;
     for (int64_t i = 0; i < count; ++i) {
       const bool wanted = logits != nullptr && (all_logits || i + 1 == count);
@@ -372,7 +375,7 @@ int acttail_engine_step(acttail_engine* engine, acttail_cache* const* caches, co
   }
   if (!engine->pool.here()) return ACTTAIL_FAILED;
   acttail::Row rows[acttail::kMostTogether];
-  int64_t capacity = 0;
+  int64_t longest = 0;
   for (int64_t i = 0; i < count; ++i) {
     acttail_cache* const cache = caches[i];
     if (cache == nullptr || !cache->fits(engine->model) || tokens[i] < 0 || tokens[i] >= engine->model.vocabulary) {
@@ -381,10 +384,11 @@ int acttail_engine_step(acttail_engine* engine, acttail_cache* const* caches, co
     const int64_t before = std::count(caches, caches + i, cache);
     if (before >= cache->capacity - cache->length) return ACTTAIL_BAD_ARGUMENT;
     rows[i] = {cache, tokens[i], cache->length + before, logits[i], 0};
-    capacity = std::max(capacity, cache->capacity);
+    longest = std::max(longest, rows[i].position + 1);
   }
   return acttail::guarded([&] {
-    engine->reserve(capacity);
+    engine->reserve(longest);
+    for (int64_t i = 0; i < count; ++i) rows[i].cache->reserve(rows[i].position, rows[i].position + 1);
     if (engine->batch == nullptr) engine->batch = std::make_unique<acttail::Batch>(*engine);
     engine->batch->run(rows, count);
     for (int64_t i = 0; i < count; ++i) {

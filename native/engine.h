@@ -120,6 +120,7 @@ struct acttail_model {
 };
 
 struct acttail_engine;
+struct acttail_pool;
 struct acttail_cache;
 
 // Makes an engine, if all sizes, offsets, formats and rules of the model are such that no call can read or write
@@ -129,15 +130,30 @@ ACTTAIL_API int acttail_engine_new(const struct acttail_model* model, int thread
                                    struct acttail_engine** engine);
 ACTTAIL_API void acttail_engine_free(struct acttail_engine* engine);
 
-// Makes a KV cache of `capacity` positions. *cache is null unless the status is ACTTAIL_OK.
-ACTTAIL_API int acttail_cache_new(const struct acttail_engine* engine, int64_t capacity,
-                                  struct acttail_cache** cache);
+// A pool counts the memory of the caches that are made in it; they may outlive it.
+ACTTAIL_API int acttail_pool_new(struct acttail_pool** pool);
+ACTTAIL_API void acttail_pool_free(struct acttail_pool* pool);
+// Bytes of all pages that its caches hold now; what several hold counts once.
+ACTTAIL_API int64_t acttail_pool_bytes(const struct acttail_pool* pool);
+
+// Makes an empty KV cache, in a pool unless that is null, that may grow to `capacity` positions; its memory comes in pages of 32 positions as they
+// are reached. *cache is null unless the status is ACTTAIL_OK.
+ACTTAIL_API int acttail_cache_new(const struct acttail_engine* engine, const struct acttail_pool* pool,
+                                  int64_t capacity, struct acttail_cache** cache);
+// Makes one that begins with the first `length` positions of another. The two share their pages; one that either
+// writes to is copied first. No call may run on either meanwhile.
+ACTTAIL_API int acttail_cache_fork(const struct acttail_cache* from, int64_t length, int64_t capacity,
+                                   struct acttail_cache** cache);
 ACTTAIL_API void acttail_cache_free(struct acttail_cache* cache);
 ACTTAIL_API int64_t acttail_cache_length(const struct acttail_cache* cache);
+// Bytes of the pages it holds, shared or not.
 ACTTAIL_API int64_t acttail_cache_bytes(const struct acttail_cache* cache);
+// Bytes that `count` further positions would allocate; -1 if there is no room for them.
+ACTTAIL_API int64_t acttail_cache_lacks(const struct acttail_cache* cache, int64_t count);
 // Forget all positions from `length` on.
 ACTTAIL_API int acttail_cache_truncate(struct acttail_cache* cache, int64_t length);
-// Store keys and values [count][kv_heads][head_dim] of one block at positions first .. first + count - 1.
+// Store keys and values [count][kv_heads][head_dim] of one block at positions first .. first + count - 1, which are to
+// begin no later than what is stored ends.
 ACTTAIL_API int acttail_cache_write(struct acttail_cache* cache, int64_t block, int64_t first,
                                     int64_t count, const float* keys, const float* values);
 // Read them back.

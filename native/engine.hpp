@@ -53,9 +53,9 @@ struct acttail_engine {
   acttail_engine(const acttail_model& m, int threads);
   ~acttail_engine();
 
-  // Allocates what tokens of a cache of this capacity need; `step` allocates nothing.
-  void reserve(int64_t capacity);
-  // One token; logits [vocabulary] or null.
+  // Allocates what the last of so many positions needs; `step` allocates nothing.
+  void reserve(int64_t positions);
+  // One token of a cache that has a page of its own for it; logits [vocabulary] or null.
   void step(acttail_cache& cache, int64_t token, float* logits);
 
   // What threads do, of one token or of each of several.

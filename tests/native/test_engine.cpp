@@ -34,7 +34,7 @@ Run decode(const Decoder& d, const std::vector<int64_t>& tokens, int threads) {
   acttail_cache* cache = nullptr;
   if (acttail_engine_new(&d.model, threads, &engine) != ACTTAIL_OK) std::abort();
   const int64_t n = static_cast<int64_t>(tokens.size());
-  if (acttail_cache_new(engine, n, &cache) != ACTTAIL_OK) std::abort();
+  if (acttail_cache_new(engine, nullptr, n, &cache) != ACTTAIL_OK) std::abort();
   Run run;
   run.logits.resize(static_cast<size_t>(n * Decoder::vocabulary));
   if (acttail_engine_forward(engine, cache, tokens.data(), n, 1, run.logits.data(), &run.read)) std::abort();
@@ -125,7 +125,7 @@ void together(const Options& o) {
     if (acttail_engine_new(&d.model, threads, &engine) != ACTTAIL_OK) std::abort();
     acttail_cache *alone[sequences], *joint[sequences];
     for (int64_t i = 0; i < sequences; ++i) {
-      if (acttail_cache_new(engine, 20, &alone[i]) != ACTTAIL_OK || acttail_cache_new(engine, 20, &joint[i]) != ACTTAIL_OK) {
+      if (acttail_cache_new(engine, nullptr, 20, &alone[i]) != ACTTAIL_OK || acttail_cache_new(engine, nullptr, 20, &joint[i]) != ACTTAIL_OK) {
         std::abort();
       }
     }
@@ -174,8 +174,8 @@ void refused_batches() {
   const Decoder d(o);
   acttail_engine* engine = nullptr;
   acttail_cache *one = nullptr, *two = nullptr;
-  if (acttail_engine_new(&d.model, 2, &engine) != ACTTAIL_OK || acttail_cache_new(engine, 2, &one) != ACTTAIL_OK ||
-      acttail_cache_new(engine, 4, &two) != ACTTAIL_OK) {
+  if (acttail_engine_new(&d.model, 2, &engine) != ACTTAIL_OK || acttail_cache_new(engine, nullptr, 2, &one) != ACTTAIL_OK ||
+      acttail_cache_new(engine, nullptr, 4, &two) != ACTTAIL_OK) {
     std::abort();
   }
   float* const none[9] = {};
@@ -295,7 +295,7 @@ void malformed() {
     if (status != ACTTAIL_OK) return expect(status == ACTTAIL_BAD_ARGUMENT, "another status", o);
     ++ran;
     acttail_cache* cache = nullptr;
-    if (acttail_cache_new(engine, 4, &cache) != ACTTAIL_OK) std::abort();
+    if (acttail_cache_new(engine, nullptr, 4, &cache) != ACTTAIL_OK) std::abort();
     const int64_t tokens[] = {1, 2, 3};
     std::vector<float> logits(static_cast<size_t>(Decoder::vocabulary));
     expect(acttail_engine_forward(engine, cache, tokens, 3, 0, logits.data(), nullptr) == ACTTAIL_OK, "forward", o);
@@ -362,9 +362,9 @@ void malformed() {
   if (acttail_engine_new(&d.model, 1, &engine) != ACTTAIL_OK) std::abort();
   for (int64_t value : wide) {
     if (value == int64_t{1} << 31 || value == int64_t{1} << 40) continue;  // the system's to grant or refuse
-    expect(acttail_cache_new(engine, value, &cache) != ACTTAIL_OK && cache == nullptr, "a cache of any size", o);
+    expect(acttail_cache_new(engine, nullptr, value, &cache) != ACTTAIL_OK && cache == nullptr, "a cache of any size", o);
   }
-  if (acttail_cache_new(engine, 4, &cache) != ACTTAIL_OK) std::abort();
+  if (acttail_cache_new(engine, nullptr, 4, &cache) != ACTTAIL_OK) std::abort();
   std::vector<float> rows(4 * 1024);
   for (int64_t value : wide) {
     const int64_t one = value == 0 ? -1 : value;
@@ -397,7 +397,7 @@ void forked() {
   const Decoder d(o);
   acttail_engine* engine = nullptr;
   acttail_cache* cache = nullptr;
-  if (acttail_engine_new(&d.model, 3, &engine) != ACTTAIL_OK || acttail_cache_new(engine, 4, &cache) != ACTTAIL_OK) {
+  if (acttail_engine_new(&d.model, 3, &engine) != ACTTAIL_OK || acttail_cache_new(engine, nullptr, 4, &cache) != ACTTAIL_OK) {
     std::abort();
   }
   const int64_t token = 1;

@@ -96,15 +96,15 @@ int main() {
   if (acttail_engine_new(&d.model, 3, &engine) != ACTTAIL_OK) std::abort();
   starve("cache_new", [&] {
     acttail_cache* cache = nullptr;
-    const int status = acttail_cache_new(engine, 20, &cache);
+    const int status = acttail_cache_new(engine, nullptr, 20, &cache);
     acttail_cache_free(cache);
     return status;
   });
   acttail_cache* cache = nullptr;
-  if (acttail_cache_new(engine, INT64_MAX / 4, &cache) != ACTTAIL_OUT_OF_MEMORY || cache != nullptr) {
+  if (acttail_cache_new(engine, nullptr, INT64_MAX / 4, &cache) != ACTTAIL_OUT_OF_MEMORY || cache != nullptr) {
     ++failures, std::printf("FAILED: an endless cache\n");
   }
-  if (acttail_cache_new(engine, 20, &cache) != ACTTAIL_OK) std::abort();
+  if (acttail_cache_new(engine, nullptr, 20, &cache) != ACTTAIL_OK) std::abort();
   std::vector<float> logits(D::vocabulary), rows(20 * D::kv_heads * D::head_dim, 0.5f), values = rows;
   const std::vector<int64_t> tokens = {5, 6, 7};
   // The first call on this engine makes room for the attention; later ones allocate nothing.

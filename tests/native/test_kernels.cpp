@@ -357,10 +357,24 @@ void attention(const Kernels& k, int32_t format, int64_t width, int64_t length, 
   kv.width = width;
   kv.first = first;
   kv.length = length;
-  kv.keys = keys.data();
-  kv.values = values.data();
-  kv.key_scale = kKvTraits[format].scaled ? key_scale.data() : nullptr;
-  kv.value_scale = kKvTraits[format].scaled ? value_scale.data() : nullptr;
+  const size_t slab = kPage * bytes, scales = kPage * sizeof(float);
+  std::vector<std::vector<uint8_t>> pages;
+  std::vector<uint8_t*> starts;
+  for (int64_t t = 0; t < length; ++t) {
+    const size_t at = static_cast<size_t>(t), in = static_cast<size_t>(t % kPage);
+    if (in == 0) pages.emplace_back(2 * (slab + scales));
+    uint8_t* const page = pages.back().data();
+    std::memcpy(page + in * bytes, &keys[at * bytes], bytes);
+    std::memcpy(page + slab + in * bytes, &values[at * bytes], bytes);
+    std::memcpy(page + 2 * slab + in * sizeof(float), &key_scale[at], sizeof(float));
+    std::memcpy(page + 2 * slab + scales + in * sizeof(float), &value_scale[at], sizeof(float));
+  }
+  for (auto& page : pages) starts.push_back(page.data());
+  kv.pages = starts.data();
+  kv.values = static_cast<int64_t>(slab);
+  kv.scaled = kKvTraits[format].scaled;
+  kv.key_scales = static_cast<int64_t>(2 * slab);
+  kv.value_scales = static_cast<int64_t>(2 * slab + scales);
   kv.last_key = keys.data() + bytes * static_cast<size_t>(length - 1);
   kv.last_value = values.data() + bytes * static_cast<size_t>(length - 1);
   kv.last_key_scale = key_scale.back();
@@ -432,6 +446,7 @@ int main() {
       attention(k, format, 16, 1, 0);
       attention(k, format, 80, 6, 0);
       attention(k, format, 128, 37, 5);
+      attention(k, format, 64, 97, 40);
     }
   }
   std::printf("kernels: %d checks on %d instruction sets, %d failures\n", checks, sets, failures);

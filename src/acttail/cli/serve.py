@@ -21,6 +21,7 @@ from acttail.cli.planning import (
     opened_plan,
     plan_or_request,
 )
+from acttail.cli.sizes import parsed_bytes
 from acttail.errors import ActTailError
 
 
@@ -75,7 +76,14 @@ def serve(
     ] = False,
     slots: Annotated[
         int, typer.Option(help="Generations at once.", metavar="N", min=1, max=256)
-    ] = 8,
+    ] = 64,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of all KV caches, as 2G or 512M; a quarter of the machine's by default.",
+            metavar="SIZE",
+        ),
+    ] = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait.", metavar="N", min=0)] = 128,
     per_client: Annotated[
         int, typer.Option(help="Requests of one client, waiting or running.", metavar="N", min=1)
@@ -133,6 +141,7 @@ def serve(
             raise ActTailError(
                 f"--cors-origin takes * or http(s)://name without a path, got {origin}"
             )
+    kv_bytes = None if kv_memory is None else parsed_bytes(kv_memory, "--kv-memory")
     found = curves_of(curves)
     asked = plan_or_request(
         plan, sparsity=sparsity, max_loss=max_loss, max_kl=max_kl, allocator=allocator, text=calibration_text,
@@ -149,7 +158,7 @@ def serve(
         )  # fmt: skip
         options = Options(
             # A folder's last part: clients have no business with paths of this machine.
-            name=name or Path(model).name if Path(model).exists() else name or model, api_keys=(api_key,) if api_key else (), hosts=hosts, slots=slots, queue=queue,
+            name=name or Path(model).name if Path(model).exists() else name or model, api_keys=(api_key,) if api_key else (), hosts=hosts, slots=slots, kv_bytes=kv_bytes, queue=queue,
             per_client=per_client, wait_seconds=wait, run_seconds=time_limit, max_body=max_body,
             max_tokens=max_tokens, keep_prefixes=keep_prefixes and not no_keep_prefixes,
             proxies=tuple(trusted_proxy or ()), origins=tuple(cors_origin or ()), special_tokens=special_tokens,

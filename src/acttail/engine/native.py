@@ -39,6 +39,28 @@ def library() -> ctypes.CDLL:
         raise ActTailError(f"the native engine is not available: {error}") from error
 
 
+class KvPool:
+    """Counts the memory of the KV caches that are made in it."""
+
+    def __init__(self) -> None:
+        self._lib = library()
+        handle = ctypes.c_void_p()
+        code = self._lib.acttail_pool_new(ctypes.byref(handle))
+        if code:
+            raise ActTailError(f"no pool of KV caches: {abi.reason(code)}")
+        self.handle = handle.value
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._lib.acttail_pool_free(self.handle)
+            self.handle = None
+
+    @property
+    def bytes(self) -> int:
+        """Of all caches now; what several share counts once."""
+        return int(self._lib.acttail_pool_bytes(self.handle))
+
+
 class NativeDecoder:
     """A packed model in the hands of the native engine.
 
@@ -48,6 +70,7 @@ class NativeDecoder:
         threads: that run a token together.
         kv_dtype: of the KV cache: ``fp32``, ``bf16`` or ``int8``.
         dense_kernel: projections that read all rows though most of their input is zeroed.
+        pool: of the KV caches; a new one by default.
 
     Raises:
         UnsupportedRuleError: the engine does not run the plan's rule.
@@ -57,10 +80,11 @@ class NativeDecoder:
 
     def __init__(
         self, packed: Packed, plan: SparsityPlan | None, threads: int, kv_dtype: str,
-        dense_kernel: frozenset[str] = frozenset(),
+        dense_kernel: frozenset[str] = frozenset(), pool: KvPool | None = None,
     ) -> None:  # fmt: skip
         check_rule(plan)
         self.lib = library()
+        self.pool = pool or KvPool()
         self.packed, self.plan, self.threads, self.kv_dtype = packed, plan, threads, kv_dtype
         self.dense_kernel = dense_kernel
         # Sequences share the workers' scratch: one pass at a time, whatever thread it comes from.
@@ -92,10 +116,29 @@ class NativeDecoder:
             ActTailError: not enough memory for it.
         """
         cache = ctypes.c_void_p()
-        code = self.lib.acttail_cache_new(self.handle, capacity, ctypes.byref(cache))
+        code = self.lib.acttail_cache_new(
+            self.handle, self.pool.handle, capacity, ctypes.byref(cache)
+        )
         if code or cache.value is None:
             raise ActTailError(f"no KV cache for {capacity} tokens: {abi.reason(code)}")
         return cache.value
+
+    def fork_cache(self, cache: int, length: int, capacity: int) -> int:
+        """Handle of another KV cache that shares the first positions of one.
+
+        Args:
+            cache: handle of the one.
+            length: positions shared.
+            capacity: positions the new one has room for.
+
+        Raises:
+            ActTailError: there are not so many positions, or not enough memory.
+        """
+        made = ctypes.c_void_p()
+        code = self.lib.acttail_cache_fork(cache, length, capacity, ctypes.byref(made))
+        if code or made.value is None:
+            raise ActTailError(f"no KV cache that shares {length} tokens: {abi.reason(code)}")
+        return made.value
 
     def _float(self, values: torch.Tensor) -> int:
         held = values.float().contiguous()

@@ -9,13 +9,14 @@ from acttail.engine.accounting import read_share
 from acttail.engine.base import Engine
 from acttail.engine.config import EngineConfig
 from acttail.engine.known import Check
-from acttail.engine.native import NativeDecoder
+from acttail.engine.native import KvPool, NativeDecoder
 from acttail.engine.prefill import Prefill
-from acttail.engine.protocol import Batch, Sequence
-from acttail.engine.sequence import NativeSequence, decode
+from acttail.engine.protocol import Batch, Prompt, Sequence
+from acttail.engine.sequence import NativePrompt, NativeSequence, decode
 from acttail.engine.store import Packed
 from acttail.engine.tune import dense_kernels
 from acttail.plan import SparsityPlan
+from acttail.sparse.backends import abi
 from acttail.sparse.policy import PrefillPolicy
 
 
@@ -31,10 +32,12 @@ class NativeEngine(Engine):
     """
 
     name = "native"
+    together = abi.MOST_TOGETHER
+    counts_memory = True
 
     def __init__(
         self, packed: Packed, plan: SparsityPlan | None, config: EngineConfig, *, tokenizer: Any = None,
-        eos: frozenset[int] = frozenset(), check: Check | None = None,
+        eos: frozenset[int] = frozenset(), check: Check | None = None, pool: KvPool | None = None,
     ) -> None:  # fmt: skip
         self.config, self.policy = config, config.policy(packed.policy)
         self.packed, self.plan, self.tokenizer, self.eos = packed, plan, tokenizer, eos
@@ -45,7 +48,7 @@ class NativeEngine(Engine):
         self.threads: int = config.threads or torch.get_num_threads()
         kv = config.kv(packed.layout.format).name
         self.decoder = NativeDecoder(
-            packed, plan, self.threads, kv, dense_kernels(packed.layout, plan)
+            packed, plan, self.threads, kv, dense_kernels(packed.layout, plan), pool
         )
         self._prefill = Prefill(self.decoder)
 
@@ -53,6 +56,29 @@ class NativeEngine(Engine):
         """See :meth:`TokenEngine.new_sequence`."""
         size = min(self.context, 8192) if capacity is None else capacity
         return NativeSequence(self.decoder, self._prefill, self.policy, size)
+
+    @property
+    def kv_bytes(self) -> int:
+        """See :meth:`TokenEngine.kv_bytes`; engines of other plans count together with it."""
+        return self.decoder.pool.bytes
+
+    def prompt(self, sequence: Sequence, tokens: torch.Tensor) -> Prompt:
+        """See :meth:`TokenEngine.prompt`."""
+        assert isinstance(sequence, NativeSequence)  # noqa: S101
+        return NativePrompt(sequence, sequence.check(tokens))
+
+    def decodes(self, sequence: Sequence, tokens: int) -> bool:
+        """See :meth:`TokenEngine.decodes`."""
+        assert isinstance(sequence, NativeSequence)  # noqa: S101
+        return sequence.decodes(tokens)
+
+    @property
+    def replayed(self) -> int:
+        """See :meth:`TokenEngine.replayed`."""
+        # A policy may tell a prompt from what is decoded by the number of tokens.
+        return (
+            min(self.together, self.packed.layout.prefill_tokens - 1) if self.keeps_prefixes else 1
+        )
 
     def _append(self, batch: Batch) -> torch.Tensor:
         """Decoded tokens, of whatever sequence, share passes over the weights."""
@@ -117,5 +143,6 @@ class NativeEngine(Engine):
             kv_dtype=kv_dtype or self.config.kv_dtype,
         )  # fmt: skip
         return NativeEngine(
-            self.packed, plan, config, tokenizer=self.tokenizer, eos=self.eos, check=self._check
-        )
+            self.packed, plan, config, tokenizer=self.tokenizer, eos=self.eos, check=self._check,
+            pool=self.decoder.pool,
+        )  # fmt: skip

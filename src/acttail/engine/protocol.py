@@ -45,9 +45,49 @@ class Sequence(Protocol):
         """Forget everything from position `length` on."""
         ...
 
+    def fork(self, length: int, capacity: int) -> "Sequence":
+        """Another sequence of `capacity` that begins with the first `length` tokens of this one."""
+        ...
+
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes of memory that so many further tokens take; 0 where nobody counts."""
+        ...
+
+
+class Prompt(Protocol):
+    """A prompt on its way into a sequence, so that others need not wait for all of it."""
+
+    def advance(self) -> torch.Tensor | None:
+        """Feed the next piece.
+
+        Returns:
+            None, or after the last piece what :meth:`Sequence.feed` returns for all of them.
+        """
+        ...
+
+
+class WholePrompt:
+    """A prompt in one piece.
+
+    Args:
+        sequence: that it is fed to.
+        tokens: [n], as :meth:`Sequence.check` takes them.
+    """
+
+    def __init__(self, sequence: Sequence, tokens: torch.Tensor) -> None:
+        self._sequence, self._tokens = sequence, tokens
+
+    def advance(self) -> torch.Tensor | None:
+        """See :meth:`Prompt.advance`."""
+        return self._sequence.feed(self._tokens)
+
 
 # What a step is made of: sequences of one engine, each with the tokens [n] that come next in it.
 Batch = collections.abc.Sequence[tuple[Sequence, torch.Tensor]]
+
+
+# Tokens whose keys and values take memory together.
+PAGE = 32
 
 
 def common_length(a: torch.Tensor, b: torch.Tensor) -> int:
@@ -70,6 +110,8 @@ class TokenEngine(ABC):
         source: name of the model.
         eos: ids that end a sequence.
         threads: that decode, None if the engine leaves that to torch.
+        together: tokens that a step decodes in one pass over the weights.
+        counts_memory: whether :attr:`kv_bytes` and :meth:`Sequence.bytes_for` are known.
     """
 
     name: str
@@ -81,6 +123,8 @@ class TokenEngine(ABC):
     source: str
     eos: frozenset[int]
     threads: int | None = None
+    together: int = 1
+    counts_memory: bool = False
 
     @abstractmethod
     def new_sequence(self, capacity: int | None = None) -> Sequence:
@@ -94,6 +138,24 @@ class TokenEngine(ABC):
     def keeps_prefixes(self) -> bool:
         """Whether a sequence that one request has left is what another would compute for its beginning."""
         return False
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that the keys and values of all sequences of these weights take now, what is shared once."""
+        return 0
+
+    def prompt(self, sequence: Sequence, tokens: torch.Tensor) -> Prompt:
+        """A prompt [n] that is fed piece by piece; to the same end, to the bit, as at once."""
+        return WholePrompt(sequence, tokens)
+
+    def decodes(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether so many further tokens of a sequence run as decoded ones do, in a pass with those of others."""
+        return tokens == 1
+
+    @property
+    def replayed(self) -> int:
+        """Tokens a step takes of one sequence, to the same end, to the bit, as if each had been decoded alone."""
+        return 1
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Append tokens to sequences, and say what comes next in each.

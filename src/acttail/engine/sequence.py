@@ -21,7 +21,8 @@ class NativeSequence:
         decoder: weights and plan.
         prefill: runs prompts.
         policy: which tokens of a prompt are sparse.
-        capacity: positions of the KV cache.
+        capacity: positions the KV cache has room for.
+        cache: handle of one to go on from; an empty one by default.
 
     Attributes:
         cache: handle of the KV cache.
@@ -33,14 +34,16 @@ class NativeSequence:
     """
 
     def __init__(
-        self, decoder: NativeDecoder, prefill: Prefill, policy: PrefillPolicy, capacity: int
-    ) -> None:
+        self, decoder: NativeDecoder, prefill: Prefill, policy: PrefillPolicy, capacity: int,
+        cache: int | None = None,
+    ) -> None:  # fmt: skip
         self._decoder, self._prefill, self._policy = decoder, prefill, policy
         self.capacity = capacity
         self._short = decoder.packed.layout.prefill_tokens
         self._lib = decoder.lib
-        self.cache = decoder.new_cache(capacity)
-        self._logits = torch.empty(decoder.packed.layout.spec.vocabulary)
+        self.cache = decoder.new_cache(capacity) if cache is None else cache
+        self._vocabulary = decoder.packed.layout.spec.vocabulary
+        self._logits = torch.empty(0)
         self.weights_read = 0
 
     def __del__(self) -> None:
@@ -55,8 +58,23 @@ class NativeSequence:
 
     @property
     def bytes(self) -> int:
-        """Size of the KV cache."""
+        """Size of the KV cache, what it shares with others included."""
         return int(self._lib.acttail_cache_bytes(self.cache))
+
+    def bytes_for(self, tokens: int) -> int:
+        """See :meth:`acttail.engine.protocol.Sequence.bytes_for`."""
+        room = min(tokens, self.capacity - self.length)
+        return int(self._lib.acttail_cache_lacks(self.cache, room))
+
+    def fork(self, length: int, capacity: int) -> "NativeSequence":
+        """See :meth:`acttail.engine.protocol.Sequence.fork`; the keys and values are shared.
+
+        Raises:
+            ActTailError: there are not so many tokens.
+        """
+        with self._decoder.lock:
+            cache = self._decoder.fork_cache(self.cache, length, capacity)
+        return NativeSequence(self._decoder, self._prefill, self._policy, capacity, cache)
 
     def truncate(self, length: int) -> None:
         """Forget everything from position `length` on.
@@ -83,11 +101,14 @@ class NativeSequence:
         tokens = self.check(tokens)
         with self._decoder.lock:
             if self.decodes(len(tokens)):
+                if not self._logits.numel():
+                    self._logits = torch.empty(self._vocabulary)
                 decode(self._decoder, [(self, tokens)], [self._logits])
                 return self._logits
-            hidden, sparse = self._prompt(tokens)
-            last = sparse if isinstance(sparse, bool) else sparse[-1:]
-            return self._prefill.logits(hidden[-1:], last)[0]
+            prompt, found = NativePrompt(self, tokens), None
+            while found is None:
+                found = prompt.advance()
+            return found
 
     def all_logits(self, tokens: torch.Tensor, *, decode: bool = False) -> torch.Tensor:
         """As :meth:`feed`, but the logits of every token: [n, vocabulary] float32.
@@ -99,10 +120,13 @@ class NativeSequence:
         tokens = self.check(tokens)
         with self._decoder.lock:
             if decode:
-                out = torch.empty(len(tokens), self._logits.numel())
+                out = torch.empty(len(tokens), self._vocabulary)
                 self.weights_read = self._decoder.forward(self.cache, tokens, out, every=True)
                 return out
-            return self._prefill.logits(*self._prompt(tokens))
+            prompt, hidden = NativePrompt(self, tokens), []
+            while prompt.left:
+                hidden.append(prompt.next_hidden())
+            return self._prefill.logits(torch.cat(hidden), prompt.sparse)
 
     def check(self, tokens: torch.Tensor) -> torch.Tensor:
         """See :meth:`acttail.engine.protocol.Sequence.check`."""
@@ -111,7 +135,7 @@ class NativeSequence:
             raise ActTailError(
                 f"{self.length} + {len(tokens)} tokens are more than the sequence's {self.capacity}"
             )
-        vocabulary = self._logits.numel()
+        vocabulary = self._vocabulary
         if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
             raise ActTailError(f"token ids must be from 0 to {vocabulary - 1}, and at least one")
         return tokens
@@ -124,18 +148,60 @@ class NativeSequence:
             return True
         return bool(torch.as_tensor(self._policy.sparse_rows(1, n, self.length, None)).all())
 
-    def _prompt(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | bool]:
-        """[n, hidden] of the last norm, and which of the tokens are sparse: True, False or [n] bool."""
-        start, total = self.length, len(tokens)
-        sparse = self._policy.sparse_rows(1, total, start, None)
-        pieces = []
-        with torch.inference_mode():
-            for at in range(0, total, _PIECE):
-                piece = tokens[at : at + _PIECE]
-                rows = sparse if isinstance(sparse, bool) else sparse[0, at : at + _PIECE]
-                pieces.append(self._prefill(piece, rows, self.cache, start + at))
-                self._lib.acttail_cache_set_length(self.cache, start + at + len(piece))
-        return torch.cat(pieces), sparse if isinstance(sparse, bool) else sparse[0]
+    def run_piece(self, tokens: torch.Tensor, sparse: torch.Tensor | bool) -> torch.Tensor:
+        """Append tokens [n] of a prompt, given which are sparse; [n, hidden] of the last norm."""
+        start = self.length
+        with self._decoder.lock, torch.inference_mode():
+            hidden = self._prefill(tokens, sparse, self.cache, start)
+            self._lib.acttail_cache_set_length(self.cache, start + len(tokens))
+        return hidden
+
+    def logits_of(self, hidden: torch.Tensor, sparse: torch.Tensor | bool) -> torch.Tensor:
+        """[n, vocabulary] float32 of what :meth:`run_piece` returns."""
+        with self._decoder.lock:
+            return self._prefill.logits(hidden, sparse)
+
+    def sparse_rows(self, tokens: int) -> torch.Tensor | bool:
+        """Which of the next tokens are sparse if they are a prompt: all, none or [tokens] bool."""
+        found = self._policy.sparse_rows(1, tokens, self.length, None)
+        return found if isinstance(found, bool) else found[0]
+
+
+class NativePrompt:
+    """See :class:`acttail.engine.protocol.Prompt`.
+
+    Args:
+        sequence: that it is fed to, and nothing else until all of it is.
+        tokens: [n] int64, checked.
+
+    Attributes:
+        sparse: which of them are: True, False or [n] bool.
+    """
+
+    def __init__(self, sequence: NativeSequence, tokens: torch.Tensor) -> None:
+        self._sequence, self._tokens, self._at = sequence, tokens, 0
+        self.sparse = sequence.sparse_rows(len(tokens))
+
+    @property
+    def left(self) -> int:
+        """Tokens that are not fed yet."""
+        return len(self._tokens) - self._at
+
+    def next_hidden(self) -> torch.Tensor:
+        """Feed the next piece; [n, hidden] of the last norm."""
+        at = slice(self._at, self._at + _PIECE)
+        rows = self.sparse if isinstance(self.sparse, bool) else self.sparse[at]
+        hidden = self._sequence.run_piece(self._tokens[at], rows)
+        self._at += len(hidden)
+        return hidden
+
+    def advance(self) -> torch.Tensor | None:
+        """See :meth:`acttail.engine.protocol.Prompt.advance`."""
+        hidden = self.next_hidden()
+        if self.left:
+            return None
+        last = self.sparse if isinstance(self.sparse, bool) else self.sparse[-1:]
+        return self._sequence.logits_of(hidden[-1:], last)[0]
 
 
 def decode(

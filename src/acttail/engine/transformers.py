@@ -1,5 +1,6 @@
 """transformers' own forward pass, for what the native engine does not run."""
 
+import copy
 from typing import Any
 
 import torch
@@ -36,6 +37,17 @@ class TransformersSequence:
     def truncate(self, length: int) -> None:
         """Forget everything from position `length` on."""
         self._cache.crop(length)
+
+    def fork(self, length: int, capacity: int) -> "TransformersSequence":
+        """See :meth:`acttail.engine.protocol.Sequence.fork`; a copy."""
+        found = TransformersSequence(self._model, capacity)
+        found._cache = copy.deepcopy(self._cache)
+        found.truncate(length)
+        return found
+
+    def bytes_for(self, tokens: int) -> int:
+        """See :meth:`acttail.engine.protocol.Sequence.bytes_for`: not counted."""
+        return 0
 
     def check(self, tokens: torch.Tensor) -> torch.Tensor:
         """See :meth:`acttail.engine.protocol.Sequence.check`."""

@@ -9,8 +9,9 @@ from typing import Any
 from acttail.engine.generation import Piece
 from acttail.errors import ActTailError
 from acttail.serve.errors import ApiError
+from acttail.serve.jobs import Job, Outcome
 from acttail.serve.metrics import Metrics
-from acttail.serve.scheduler import Job, Outcome, Scheduler
+from acttail.serve.scheduler import Scheduler
 
 _LOG = logging.getLogger("acttail.serve")
 # How often a request that waits looks whether its client is still there.

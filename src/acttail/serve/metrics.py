@@ -8,7 +8,8 @@ from acttail.engine.protocol import TokenEngine
 from acttail.serve.wording import realised
 
 if TYPE_CHECKING:
-    from acttail.serve.scheduler import Job, Scheduler
+    from acttail.serve.jobs import Job
+    from acttail.serve.scheduler import Scheduler
 
 _MODELS = "/v1/models/"
 _PATHS = frozenset(
@@ -63,6 +64,12 @@ class Metrics:
         )
         self.waiting = named(Gauge, "queue_length", "Requests waiting for a slot.")
         self.running = named(Gauge, "running", "Requests being decoded.")
+        self.preemptions = named(
+            Counter, "preemptions", "Times a request gave its KV memory up to others that ran."
+        )
+        named(
+            Gauge, "kv_bytes", "Memory of all KV caches, those kept for later requests included."
+        ).set_function(lambda: engine.kv_bytes)
         planned = named(Gauge, "plan_sparsity", "Sparsity of the plan the server was started with.")
         planned.set(engine.plan.sparsity if engine.plan else 0.0)
 
@@ -85,6 +92,10 @@ class Metrics:
         elif job.first_token is not None:
             self.prompt_tokens.inc(job.result.prompt_tokens)
             self.first_token.observe(job.first_token - job.submitted)
+
+    def preempted(self, job: "Job") -> None:
+        """Count a request that starts again later; called from the scheduler's thread."""
+        self.preemptions.inc()
 
     def ended(self, job: "Job") -> None:
         """Note how a request went."""

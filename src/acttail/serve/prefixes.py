@@ -1,27 +1,34 @@
-"""KV caches of ended requests, for requests that begin with the same tokens.
+"""What ended requests have left in KV caches, for requests that begin with the same tokens.
 
 A conversation sends all its earlier turns again, and every request of a chat model begins with the same
-system message: what an earlier request has left need not be computed twice.
+system message: what an earlier request has left need not be computed twice. Whoever begins alike shares the
+keys and values; nothing is copied but the page in which they part.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
-from acttail.engine.protocol import Sequence, TokenEngine, common_length
+from acttail.engine.protocol import Sequence, TokenEngine
 
 # Fewer tokens than these are not worth a cache that another request may continue further.
 _WORTH = 8
-# Capacities are rounded up to it, so that caches fit later requests.
-_ROUND = 512
 
 
 @dataclass(eq=False)
 class _Kept:
     engine: TokenEngine
     client: str
-    tokens: torch.Tensor
+    tokens: Any  # [n] of numpy: comparing costs a tenth of what it does in torch
     sequence: Sequence
+
+    def common(self, tokens: Any) -> int:
+        """Length of the common beginning with other tokens [m]."""
+        n = min(len(self.tokens), len(tokens))
+        differ = self.tokens[:n] != tokens[:n]
+        return int(differ.argmax()) if differ.any() else n
 
 
 class PrefixCache:
@@ -37,8 +44,8 @@ class PrefixCache:
 
     def take(
         self, engine: TokenEngine, client: str, prompt: torch.Tensor, capacity: int
-    ) -> tuple[Sequence, int]:
-        """A sequence for a prompt, and how many of its tokens the sequence holds already.
+    ) -> Sequence:
+        """A sequence for a prompt; it may hold some of its tokens already.
 
         Args:
             engine: that will run it.
@@ -46,30 +53,47 @@ class PrefixCache:
             prompt: [n] token ids; at least the last one is left to feed.
             capacity: tokens it must have room for.
         """
-        best, common = None, 0
+        best, common, ids = None, 0, prompt.numpy()
         for kept in self._kept:
-            mine = kept.engine is engine and kept.client == client
-            if mine and kept.sequence.capacity >= capacity:
-                shared = min(common_length(kept.tokens, prompt), len(prompt) - 1)
+            if kept.engine is engine and kept.client == client:
+                shared = min(kept.common(ids), len(ids) - 1)
                 if shared >= max(_WORTH, common):
                     best, common = kept, shared
         if best is None:
-            rounded = min(engine.context, -(-capacity // _ROUND) * _ROUND)
-            return engine.new_sequence(rounded if self.size else capacity), 0
+            return engine.new_sequence(capacity)
         self._kept.remove(best)
-        best.sequence.truncate(common)
-        return best.sequence, common
+        self._kept.append(best)
+        return best.sequence.fork(common, capacity)
 
     def give(
-        self, engine: TokenEngine, client: str, prompt: torch.Tensor, generated: list[int],
-        sequence: Sequence,
-    ) -> None:  # fmt: skip
-        """Keep the sequence of an ended request.
+        self, engine: TokenEngine, client: str, tokens: torch.Tensor, sequence: Sequence
+    ) -> None:
+        """Keep a sequence that nobody runs any more.
 
-        Nothing is kept where a later prompt would leave another cache.
+        Nothing is kept where a later prompt would leave another cache. What the new one goes on from is dropped.
+
+        Args:
+            engine: that ran it.
+            client: whose it is.
+            tokens: [n] ids that it holds.
+            sequence: that holds them.
         """
         if not self.size or not engine.keeps_prefixes:
             return
-        tokens = torch.cat([prompt, torch.tensor(generated, dtype=torch.int64)])[: sequence.length]
-        self._kept.append(_Kept(engine, client, tokens, sequence))
+        ids = tokens.numpy()
+        self._kept = [
+            kept
+            for kept in self._kept
+            if kept.engine is not engine
+            or kept.client != client
+            or not np.array_equal(kept.tokens, ids[: len(kept.tokens)])
+        ]
+        self._kept.append(_Kept(engine, client, ids, sequence))
         del self._kept[: -self.size]
+
+    def drop(self) -> bool:
+        """Forget the one that was used the longest time ago; False if there is none."""
+        if not self._kept:
+            return False
+        del self._kept[0]
+        return True

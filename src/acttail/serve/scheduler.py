@@ -1,139 +1,60 @@
 """Who decodes next: one thread takes every running generation a token further in each turn.
 
-Those that decode form one batch per engine; prompts go one by one after them. Requests wait in one line
-per client; slots go round the clients, so that one client with a hundred requests does not keep another
-with one waiting. It knows nothing of HTTP.
+A turn decodes all that run in as few passes over the weights as an engine's batch allows, and takes prompts a
+bounded part further, so that nobody waits for another's whole prompt. It knows nothing of HTTP.
 """
 
 import itertools
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterator
 
 import torch
 
-from acttail.engine import Engine
-from acttail.engine.generation import Constraint, Generation, Piece, detail
 from acttail.engine.protocol import Sequence, TokenEngine
-from acttail.engine.sampling import Sampling
 from acttail.errors import ActTailError
+from acttail.serve.jobs import Job, Outcome
+from acttail.serve.line import Line
+from acttail.serve.memory import KvMemory
 from acttail.serve.prefixes import PrefixCache
 
-Outcome = Literal["done", "failed", "expired", "closed"]
-
-
-Score = tuple[float | None, tuple[tuple[int, float], ...]]
-
-
-@dataclass(eq=False)
-class Job:
-    """One generation, from its request to its end.
-
-    Attributes:
-        engine: that runs it.
-        prompt: [n] token ids.
-        emit: called from the scheduler's thread with a Piece, then once with an Outcome.
-        client: whom a turn is counted for.
-        max_new_tokens: tokens at most.
-        sampling: how they are drawn.
-        stop: strings that end the text.
-        logprobs: as of :meth:`acttail.engine.Engine.stream`.
-        scored: whether the prompt's tokens are scored, too: each is then fed by itself, as if decoded.
-        scores: (log-probability, likeliest) of each token of a scored prompt but the first, as in a Piece.
-        constraint: what the text is held to.
-        result: filled as it goes.
-        error: what went wrong, after the outcome ``failed``.
-        sequence: that it runs in, while it has a slot.
-        held: tokens of the prompt that an earlier request had left in a KV cache.
-        read_share: mean share of the projections' weights that decoding read, NaN until known.
-    """
-
-    engine: Engine
-    prompt: torch.Tensor
-    emit: Callable[["Piece | Outcome"], None]
-    client: str = ""
-    max_new_tokens: int = 128
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    scored: bool = False
-    scores: list[Score] = field(default_factory=list)
-    constraint: Constraint | None = None
-    result: Generation = field(default_factory=Generation)
-    error: Exception | None = None
-    submitted: float = field(default_factory=time.monotonic)
-    started: float | None = None
-    first_token: float | None = None
-    sequence: Sequence | None = None
-    held: int = 0
-    _cancelled: bool = False
-    _read: float = 0.0
-    _reads: int = 0
-
-    @property
-    def scoring(self) -> bool:
-        """Whether the prompt is still being scored."""
-        return self.scored and len(self.scores) < len(self.prompt) - 1
-
-    @property
-    def next_tokens(self) -> torch.Tensor:
-        """[n] ids to feed next."""
-        at = len(self.scores)
-        return self.prompt[at : at + 1] if self.scoring else self.result.next_tokens
-
-    def cancel(self) -> None:
-        """Stop at the next token, from any thread."""
-        self._cancelled = True
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether it is to stop."""
-        return self._cancelled
-
-    def note_score(self, logits: torch.Tensor) -> bool:
-        """Score the next token of the prompt; whether it was the last."""
-        following = int(self.prompt[len(self.scores) + 1])
-        self.scores.append(detail(logits, following, self.logprobs or 0))
-        return not self.scoring
-
-    def note_read(self, share: float) -> None:
-        """Count a decoded token that read this share of the projections' weights."""
-        self._read, self._reads = self._read + share, self._reads + 1
-
-    @property
-    def read_share(self) -> float:
-        """Mean share of the projections' weights read per decoded token; NaN before the second."""
-        return self._read / self._reads if self._reads else float("nan")
+# Tokens of short prompts in a turn, where others decode: four passes of eight.
+_PROMPT_TOKENS = 32
+# Sequences kept for each slot: one that its prompt leaves, and one of a conversation that may go on.
+_KEPT = 2
 
 
 class Scheduler:
     """Runs jobs, a token of each in every turn.
 
     Args:
-        slots: generations that run at once, each with a KV cache of its own.
+        slots: generations that run at once.
         queue: jobs that may wait.
         per_client: jobs a client may have waiting or running.
         wait_seconds: longest wait for a slot.
         run_seconds: longest run; what is there by then is the answer.
         keep_prefixes: go on from the KV cache of an earlier request that began alike.
+        memory: of KV caches; no limit by default. Who finds none free waits; where those that run need more, the
+            one that began last gives its own up, waits, and is computed again.
         threads: of torch's operators; torch's own number by default.
         on_token: called with (job, seconds since its token before, or None for the first).
+        on_preempted: called with a job that gave its memory up.
     """
 
     def __init__(
         self, *, slots: int = 8, queue: int = 128, per_client: int = 128, wait_seconds: float = 300,
         run_seconds: float = 600, threads: int | None = None, keep_prefixes: bool = True,
-        on_token: Callable[[Job, float | None], None] | None = None,
+        memory: KvMemory | None = None, on_token: Callable[[Job, float | None], None] | None = None,
+        on_preempted: Callable[[Job], None] | None = None,
     ) -> None:  # fmt: skip
         self._threads = threads
-        self._kept = PrefixCache(slots if keep_prefixes else 0)
+        self._kept = PrefixCache(_KEPT * slots if keep_prefixes else 0)
+        self._memory = memory or KvMemory(None, lambda: 0)
         self.slots, self.queue, self.per_client = slots, queue, per_client
         self.wait_seconds, self.run_seconds = wait_seconds, run_seconds
-        self._on_token = on_token
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._on_token, self._on_preempted = on_token, on_preempted
+        self._waiting = Line()
+        # Those that run, in the order of their first start.
         self._active: list[Job] = []
         self._condition = threading.Condition()
         self._stopping = False
@@ -145,7 +66,7 @@ class Scheduler:
     def waiting(self) -> int:
         """Jobs without a slot."""
         with self._condition:
-            return sum(map(len, self._waiting.values()))
+            return len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -155,18 +76,17 @@ class Scheduler:
     def held(self, client: str) -> int:
         """Jobs of a client, waiting or running."""
         with self._condition:
-            running = sum(job.client == client for job in self._active)
-            return running + len(self._waiting.get(client, ()))
+            return sum(job.client == client for job in self._active) + self._waiting.of(client)
 
     def submit(self, jobs: list[Job]) -> bool:
         """Take jobs of one client, all or none; False if the queue has no room for them."""
         with self._condition:
-            waiting = sum(map(len, self._waiting.values()))
+            waiting = len(self._waiting)
             free = max(0, self.slots - len(self._active) - waiting)
             if self.closing or waiting + len(jobs) > self.queue + free:
                 return False
             for job in jobs:
-                self._waiting.setdefault(job.client, deque()).append(job)
+                self._waiting.add(job)
             self._condition.notify()
         return True
 
@@ -189,7 +109,7 @@ class Scheduler:
         """Cancel everything and end the thread."""
         with self._condition:
             self._stopping = True
-            for job in itertools.chain(self._active, *self._waiting.values()):
+            for job in itertools.chain(self._active, self._waiting):
                 job.cancel()
             self._condition.notify()
         self._thread.join()
@@ -199,86 +119,201 @@ class Scheduler:
             torch.set_num_threads(self._threads)  # of this thread: prompts and sampling
         while True:
             with self._condition:
-                while not (self._active or self._waiting or self._stopping):
+                while not (self._active or len(self._waiting) or self._stopping):
                     self._condition.wait()
-                if self._stopping and not (self._active or self._waiting):
+                if self._stopping and not (self._active or len(self._waiting)):
                     return
-                expired = self._admit()
+                gone = self._waiting.remove(self._not_to_run)
                 outcome: Outcome = "expired" if self._closes_at is None else "closed"
-            for job in expired:
-                job.emit(outcome)
+            for job in gone:
+                self._give_up(job, outcome)
+            self._admit()
             self._turn()
 
-    def _admit(self) -> list[Job]:
-        """Give free slots to the clients in turn; returns jobs that are not to run any more."""
-        now, gone = time.monotonic(), []
-        for client, line in list(self._waiting.items()):
-            kept = deque(
-                j
-                for j in line
-                if not j.cancelled
-                and now - j.submitted <= self.wait_seconds
-                and self._closes_at is None
-            )
-            gone += [j for j in line if j not in kept]
-            if kept:
-                self._waiting[client] = kept
-            else:
-                del self._waiting[client]
-        while self._waiting and len(self._active) < self.slots:
-            client, line = next(iter(self._waiting.items()))
-            self._active.append(line.popleft())
-            if line:
-                self._waiting.move_to_end(client)
-            else:
-                del self._waiting[client]
-        return gone
+    def _not_to_run(self, job: Job) -> bool:
+        if job.cancelled or self._closes_at is not None:
+            return True
+        now = time.monotonic()
+        if job.started is not None:  # it ran before
+            return now - job.started > self.run_seconds
+        return now - job.submitted > self.wait_seconds
+
+    def _give_up(self, job: Job, outcome: Outcome) -> None:
+        """End a job that waits; one that ran before keeps what it has."""
+        if job.started is not None and outcome != "closed":
+            rest, outcome = job.result.cancel(), "done"
+            if rest is not None:
+                job.emit(rest)
+        job.emit(outcome)
+
+    def _admit(self) -> None:
+        """Give free slots, and the memory they need, to the clients in turn."""
+        while len(self._active) < self.slots:
+            with self._condition:
+                if not len(self._waiting):
+                    return
+                job = self._waiting.take()
+                self._active.append(job)
+                self._active.sort(key=lambda j: j.started or float("inf"))
+            try:
+                job.sequence = self._sequence(job)
+                if not self._fits(job):
+                    self._put_back(job)
+                    return
+                if job.started is None:
+                    job.started = time.monotonic()
+                    job.held = job.sequence.length
+                    if not job.scoring:
+                        self._begin(job, job.held)
+            except Exception as error:
+                self._end(job, error)
+
+    def _fits(self, job: Job) -> bool:
+        """Whether there is memory for a job to start, once all is forgotten that nobody runs."""
+        others = [j for j in self._active if j is not job]
+        while not self._memory.admits(job, others):
+            if not self._kept.drop():
+                return False
+        return True
+
+    def _put_back(self, job: Job) -> None:
+        """Take a job's slot and its memory; it is the next to get them."""
+        job.sequence = job.feeding = None
+        with self._condition:
+            self._active.remove(job)
+            self._waiting.add_first(job)
+
+    def _sequence(self, job: Job) -> Sequence:
+        """A sequence for a job, with what is kept of its prompt's beginning."""
+        size = min(job.engine.context, len(job.prompt) + job.max_new_tokens)
+        if job.scored:  # what a cache holds already would not be scored
+            return job.engine.new_sequence(size)
+        return self._kept.take(job.engine, job.client, job.prompt, size)
+
+    def _begin(self, job: Job, held: int) -> None:
+        job.sequence = job.engine.start(
+            job.result, job.prompt, max_new_tokens=job.max_new_tokens, sampling=job.sampling, stop=job.stop,
+            logprobs=job.logprobs, sequence=job.sequence, held=held, constraint=job.constraint,
+        )  # fmt: skip
 
     def _turn(self) -> None:
-        """A token for every job with a slot."""
-        decoding: dict[TokenEngine, list[Job]] = {}
-        fresh = []
-        for job in self._active:
-            if job.sequence is None:
-                fresh.append(job)
-            else:
-                decoding.setdefault(job.engine, []).append(job)
-        for engine, jobs in decoding.items():
-            self._step(engine, jobs)
-        for job in fresh:
-            try:
-                self._open(job)
-            except Exception as error:
-                self._end(job, error)
-                continue
-            if job.result.finished and not job.scoring:  # no token was asked for
-                self._end(job)
-            else:
-                self._step(job.engine, [job])
+        """A token for every job with a slot, and a part of the prompts."""
+        fed: list[Job] = []
+        for engine, jobs in self._by_engine():
+            prompts: list[Job] = []
+            decoding: list[Job] = []
+            for job in jobs:
+                if self._stopped(job):
+                    continue
+                if job.result.finished and not job.scoring:  # no token was asked for
+                    self._end(job)
+                elif job.in_prompt:
+                    prompts.append(job)
+                else:
+                    decoding.append(job)
+            for batch in self._batches(engine, prompts, decoding):
+                self._step(engine, batch)
+            fed += prompts
+        # One piece of one prompt, whoever else waits: first come, first served.
+        fed = [job for job in fed if job.feeding is not None]
+        if fed:
+            self._feed(min(fed, key=lambda j: j.started or 0.0))
 
-    def _step(self, engine: TokenEngine, jobs: list[Job]) -> None:
+    def _by_engine(self) -> list[tuple[TokenEngine, list[Job]]]:
+        found: dict[TokenEngine, list[Job]] = {}
+        for job in self._active:
+            found.setdefault(job.engine, []).append(job)
+        return list(found.items())
+
+    def _batches(
+        self, engine: TokenEngine, prompts: list[Job], decoding: list[Job]
+    ) -> Iterator[list[tuple[Job, torch.Tensor]]]:
+        """What is fed in this turn, in batches that fill passes: short prompts are filled up with decoded tokens.
+
+        A prompt that is long for that is left to be fed in pieces.
+        """
+        rows = [(job, job.pending[: engine.replayed]) for job in decoding]
+        left, full = _PROMPT_TOKENS if rows else 1 << 62, engine.together
+        for job in prompts:
+            if job.feeding is not None or job.sequence is None:
+                continue
+            tokens = job.pending
+            if not engine.decodes(job.sequence, len(tokens)):
+                try:
+                    job.feeding = engine.prompt(job.sequence, tokens)
+                except Exception as error:
+                    self._end(job, error)
+                continue
+            if left <= 0:
+                continue
+            left -= len(tokens)
+            room = -len(tokens) % full
+            yield [(job, tokens), *rows[:room]]
+            rows = rows[room:]
+        while rows:
+            batch: list[tuple[Job, torch.Tensor]] = []
+            width = 0
+            while rows and (not batch or width + len(rows[0][1]) <= full):
+                width += len(rows[0][1])
+                batch.append(rows.pop(0))
+            yield batch
+
+    def _step(self, engine: TokenEngine, batch: list[tuple[Job, torch.Tensor]]) -> None:
         """One step of an engine, and what each job makes of its logits."""
-        jobs = [job for job in jobs if not self._stopped(job)]
-        if not jobs:
+        batch = self._affordable(batch)
+        if not batch:
+            return
+        lengths = [j.sequence.length for j, _ in batch if j.sequence is not None]
+        try:
+            logits = engine.step([(j.sequence, t) for j, t in batch if j.sequence is not None])
+        except Exception as error:
+            for (job, tokens), length in zip(batch, lengths, strict=True):
+                # Whose fault it was shows when each is alone.
+                whole = job.sequence is not None and job.sequence.length == length
+                if whole and len(batch) > 1:
+                    self._step(engine, [(job, tokens)])
+                else:
+                    self._end(job, error)
+            return
+        for (job, _), row in zip(batch, logits, strict=True):
+            self._advance(job, row)
+
+    def _feed(self, job: Job) -> None:
+        """A piece of a long prompt."""
+        if job.feeding is None or not self._affordable([(job, job.pending)]):
             return
         try:
-            logits = engine.step(
-                [(j.sequence, j.next_tokens) for j in jobs if j.sequence is not None]
-            )
+            logits = job.feeding.advance()
         except Exception as error:
-            for job in jobs:
-                self._end(job, error)
+            self._end(job, error)
             return
-        for job, row in zip(jobs, logits, strict=True):
-            try:
-                self._advance(job, row)
-            except Exception as error:
-                self._end(job, error)
+        if logits is not None:
+            job.feeding = None
+            self._advance(job, logits)
+
+    def _affordable(self, batch: list[tuple[Job, torch.Tensor]]) -> list[tuple[Job, torch.Tensor]]:
+        """What of a batch there is memory for, once the jobs that began last have given theirs up."""
+        while True:
+            batch = [(job, tokens) for job, tokens in batch if job.sequence is not None]
+            if self._memory.holds(batch):
+                return batch
+            if self._kept.drop():
+                continue
+            if len(self._active) == 1:
+                error = ActTailError(
+                    "the KV memory does not hold this generation alone; give the server more, or ask for less"
+                )
+                self._end(self._active[0], error)
+                return []
+            last = self._active[-1]
+            if self._on_preempted is not None:
+                self._on_preempted(last)
+            self._put_back(last)
 
     def _stopped(self, job: Job) -> bool:
         """Whether a job was to stop: cancelled, or its time is over. It has ended then."""
         now = time.monotonic()
-        late = job.started is None or now - job.started > self.run_seconds
+        late = job.started is not None and now - job.started > self.run_seconds
         closed = self._closes_at is not None and now > self._closes_at
         if not (job.cancelled or late or closed):
             return False
@@ -303,55 +338,69 @@ class Scheduler:
             self._active.remove(job)
         # The KV cache is given back before the client hears of the end.
         if job.sequence is not None:
-            self._kept.give(job.engine, job.client, job.prompt, job.result.tokens, job.sequence)
-            job.sequence = None
+            self._keep(job, job.sequence)
+            job.sequence = job.feeding = None
         job.error = error
         job.emit(outcome if error is None else "failed")
 
-    def _open(self, job: Job) -> None:
-        job.started = time.monotonic()
-        size = min(job.engine.context, len(job.prompt) + job.max_new_tokens)
-        if job.scored and len(job.prompt) > 1:
-            # What a cache holds already would not be scored.
-            job.sequence, job.held = job.engine.new_sequence(size), 0
-            return
-        sequence, job.held = self._kept.take(job.engine, job.client, job.prompt, size)
-        self._begin(job, sequence, job.held)
-
-    def _begin(self, job: Job, sequence: Sequence, held: int) -> None:
-        job.sequence = job.engine.start(
-            job.result, job.prompt, max_new_tokens=job.max_new_tokens, sampling=job.sampling, stop=job.stop,
-            logprobs=job.logprobs, sequence=sequence, held=held, constraint=job.constraint,
-        )  # fmt: skip
+    def _keep(self, job: Job, sequence: Sequence) -> None:
+        tokens = torch.cat([job.prompt, torch.tensor(job.result.tokens, dtype=torch.int64)])
+        self._kept.give(job.engine, job.client, tokens[: sequence.length], sequence)
 
     def _advance(self, job: Job, logits: torch.Tensor) -> None:
-        if job.scoring and job.sequence is not None:
+        """Make something of a job's logits, if they are the wanted ones."""
+        if not job.due or job.sequence is None:
+            return
+        try:
+            self._take(job, logits)
+        except Exception as error:
+            self._end(job, error)
+            return
+        if job.result.finished and not job.scoring:
+            self._end(job)
+
+    def _take(self, job: Job, logits: torch.Tensor) -> None:
+        assert job.sequence is not None  # noqa: S101
+        if job.scoring:
             if job.note_score(logits):
-                self._begin(job, job.sequence, len(job.prompt) - 1)
-                if job.result.finished:  # the scores were all that was asked for
-                    self._end(job)
+                self._begin(job, len(job.prompt) - 1)
             return
         before = job.result.decode_seconds if job.result.tokens else None
         piece = job.result.advance(logits)
         if before is None:
             job.first_token = time.monotonic()
-        elif job.sequence is not None:
+            self._share(job, job.sequence)
+        else:
             job.note_read(job.engine.read_share(job.sequence))
         if self._on_token is not None:
             self._on_token(job, None if before is None else job.result.decode_seconds - before)
         job.emit(piece)
-        if job.result.finished:
-            self._end(job)
+
+    def _share(self, job: Job, sequence: Sequence) -> None:
+        """Let those that come while a job still runs begin with its prompt."""
+        if self._kept.size and job.engine.keeps_prefixes:
+            self._kept.give(
+                job.engine, job.client, job.prompt, sequence.fork(len(job.prompt), len(job.prompt))
+            )
 
 
-def check_room(engine: TokenEngine, tokens: int) -> int:
+def check_room(engine: TokenEngine, tokens: int, most: int) -> int:
     """New tokens that there is room for after a prompt.
 
+    Args:
+        engine: that is to run it.
+        tokens: of the prompt.
+        most: tokens that the memory holds.
+
     Raises:
-        ActTailError: the prompt fills the context.
+        ActTailError: the prompt fills the context, or the memory.
     """
-    if tokens >= engine.context:
-        raise ActTailError(
-            f"{tokens} prompt tokens leave no room in the context of {engine.context} tokens; send less"
+    context = min(engine.context, most)
+    if tokens >= context:
+        why = (
+            f"context of {context} tokens"
+            if context == engine.context
+            else f"memory for {context} tokens"
         )
-    return engine.context - tokens
+        raise ActTailError(f"{tokens} prompt tokens leave no room in the {why}; send less")
+    return context - tokens

@@ -9,14 +9,17 @@ import torch
 from fastapi import Request
 
 from acttail._version import __version__
+from acttail.base.machine import memory_bytes
 from acttail.calibrate.curves import SensitivityCurves
 from acttail.engine import Engine
+from acttail.engine.protocol import PAGE
 from acttail.engine.variants import Variants
 from acttail.errors import ActTailError
 from acttail.serve.calls import Call
 from acttail.serve.errors import ApiError
 from acttail.serve.grammars import Grammars, Matcher
 from acttail.serve.limits import CLIENT
+from acttail.serve.memory import KvMemory, tokens_within
 from acttail.serve.metrics import Metrics
 from acttail.serve.prompting import Prompting
 from acttail.serve.scheduler import Scheduler, check_room
@@ -35,6 +38,7 @@ class Options:
         api_keys: one of them must be given under /v1; open without any.
         hosts: names the Host header may have; None for any.
         slots: generations at once.
+        kv_bytes: memory of all KV caches together; None for a quarter of the machine's.
         queue: requests that may wait.
         per_client: requests one client may have waiting or running.
         wait_seconds: longest wait for a slot.
@@ -52,7 +56,8 @@ class Options:
     name: str | None = None
     api_keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] | None = None
-    slots: int = 8
+    slots: int = 64
+    kv_bytes: int | None = None
     queue: int = 128
     per_client: int = 128
     wait_seconds: float = 300.0
@@ -76,11 +81,22 @@ class Server:
         self.created = int(time.time())
         self.variants = Variants(engine, curves)
         self.metrics = Metrics(engine)
+        if options.kv_bytes is not None and not engine.counts_memory:
+            raise ActTailError(
+                f"the {engine.name} engine does not count the memory of KV caches: leave --kv-memory out"
+            )
+        limit = options.kv_bytes or memory_bytes() // 4
+        self.most_tokens = tokens_within(engine, limit)
+        if self.most_tokens < 2 * PAGE:
+            raise ActTailError(
+                f"{limit} bytes of KV memory hold {self.most_tokens} tokens; give at least {2 * PAGE} (--kv-memory)"
+            )
         self.scheduler = Scheduler(
             slots=options.slots, queue=options.queue, per_client=options.per_client,
             wait_seconds=options.wait_seconds, run_seconds=options.run_seconds,
             threads=engine.threads,
-            keep_prefixes=options.keep_prefixes, on_token=self.metrics.token,
+            keep_prefixes=options.keep_prefixes, memory=KvMemory(limit, lambda: engine.kv_bytes),
+            on_token=self.metrics.token, on_preempted=self.metrics.preempted,
         )  # fmt: skip
         self.metrics.watch(self.scheduler)
         self.prompting = Prompting(
@@ -131,7 +147,7 @@ class Server:
         call = Call(self.scheduler, self.metrics, request.is_disconnected)
         for ids in prompts:
             try:
-                room = min(check_room(engine, len(ids)), self.options.max_tokens)
+                room = min(check_room(engine, len(ids), self.most_tokens), self.options.max_tokens)
             except ActTailError as error:
                 raise ApiError(
                     400, str(error), param=param, code="context_length_exceeded"

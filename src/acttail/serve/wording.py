@@ -8,7 +8,7 @@ from typing import Any
 
 from acttail.engine.generation import Piece
 from acttail.engine.protocol import TokenEngine
-from acttail.serve.scheduler import Job
+from acttail.serve.jobs import Job
 from acttail.sparse.rules import kind_of
 
 
