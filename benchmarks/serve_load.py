@@ -133,7 +133,7 @@ def main():
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--dtype", default="int8")
-    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=64)
     args = parser.parse_args()
     rows = Rows("serve_load", args.out)
     if not args.table_only:

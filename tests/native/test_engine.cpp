@@ -102,6 +102,47 @@ void against_truth(Options o) {
   }
 }
 
+// A fork goes on as its origin does, whoever writes first, and the pages they share are counted once.
+void forks(const Options& o) {
+  const Decoder d(o);
+  constexpr int64_t most = 80, shared = 40;
+  acttail_engine* engine = nullptr;
+  acttail_pool* pool = nullptr;
+  if (acttail_engine_new(&d.model, 2, &engine) != ACTTAIL_OK || acttail_pool_new(&pool) != ACTTAIL_OK) std::abort();
+  const std::vector<int64_t> tokens = some_tokens(most);
+  acttail_cache *one = nullptr, *two = nullptr, *none = nullptr;
+  if (acttail_cache_new(engine, pool, most, &one) != ACTTAIL_OK) std::abort();
+  std::vector<float> expected(Decoder::vocabulary), got(expected);
+  const auto feed = [&](acttail_cache* cache, int64_t first, int64_t last, std::vector<float>& logits) {
+    if (acttail_engine_forward(engine, cache, tokens.data() + first, last - first, 0, logits.data(), nullptr)) std::abort();
+  };
+  feed(one, 0, 70, expected);
+  const int64_t page = acttail_pool_bytes(pool) / 3;
+  expect(page > 0 && acttail_pool_bytes(pool) == 3 * page && acttail_cache_bytes(one) == 3 * page, "pages", o);
+  if (acttail_cache_fork(one, shared, most, &two) != ACTTAIL_OK) std::abort();
+  expect(acttail_pool_bytes(pool) == 3 * page && acttail_cache_bytes(two) == 2 * page, "pages shared", o);
+  expect(acttail_cache_lacks(two, 1) == page && acttail_cache_lacks(two, 25) == 2 * page &&
+             acttail_cache_lacks(one, 1) == 0 && acttail_cache_lacks(one, most) == -1, "pages lacking", o);
+  feed(two, shared, 70, got);
+  expect(std::memcmp(got.data(), expected.data(), sizeof(float) * got.size()) == 0, "a fork goes on otherwise", o);
+  expect(acttail_pool_bytes(pool) == 5 * page, "pages after a fork went on", o);
+  // Other tokens in the fork, and the origin does not see them.
+  if (acttail_cache_truncate(two, 35)) std::abort();
+  feed(two, 0, 20, got);
+  feed(one, 70, most, expected);
+  acttail_cache_free(two);
+  expect(acttail_pool_bytes(pool) == 3 * page, "pages of a fork that is gone", o);
+  if (acttail_cache_new(engine, pool, most, &two) != ACTTAIL_OK) std::abort();
+  feed(two, 0, most, got);
+  expect(std::memcmp(got.data(), expected.data(), sizeof(float) * got.size()) == 0, "an origin changed", o);
+  expect(acttail_cache_fork(one, most + 1, 2 * most, &none) != ACTTAIL_OK && none == nullptr, "a fork of what is not", o);
+  expect(acttail_cache_fork(one, 5, 4, &none) != ACTTAIL_OK && none == nullptr, "a fork without room", o);
+  acttail_pool_free(pool);  // caches may outlive it
+  acttail_cache_free(one);
+  acttail_cache_free(two);
+  acttail_engine_free(engine);
+}
+
 // The order of projections in memory changes neither a bit of the logits nor what is read.
 void all_orders(Options o) {
   const std::vector<int64_t> tokens = some_tokens(6);
@@ -431,12 +472,14 @@ int main() {
       o.rule = rule;
       against_truth(o);
       together(o);
+      forks(o);
       long_run(o);
       o.layer_norm = true;
       o.gated = false;
       o.activation = ACTTAIL_GELU_ERF;
       against_truth(o);
       together(o);
+      forks(o);
       o.learned = true;
       against_truth(o);
       together(o);
@@ -446,6 +489,7 @@ int main() {
       o.activation = ACTTAIL_GELU_TANH;
       against_truth(o);
       together(o);
+      forks(o);
       all_orders(o);
       o.biased = false;
       all_orders(o);
@@ -453,14 +497,17 @@ int main() {
       o.activation = ACTTAIL_RELU;
       against_truth(o);
       together(o);
+      forks(o);
       all_orders(o);
       o.mixed = true;
       against_truth(o);
       together(o);
+      forks(o);
       all_orders(o);
       o.wina = false;
       against_truth(o);
       together(o);
+      forks(o);
       all_orders(o);
     }
   }
@@ -470,6 +517,7 @@ int main() {
     o.layer_norm = true;
     against_truth(o);
     together(o);
+    forks(o);
     long_run(o);
   }
   refusals();

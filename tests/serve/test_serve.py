@@ -308,43 +308,6 @@ def test_turns_go_round_the_clients(engine):
     assert order.index("one") <= 2
 
 
-def test_a_turn_is_one_step_of_all_that_decode(engine, monkeypatch):
-    """Prompts go alone; whoever fails fails alone, and nobody's tokens change."""
-    prompts = [torch.arange(3, 12), torch.arange(40, 60), torch.tensor([10**6]), torch.arange(5, 9)]
-    limits = [6, 12, 6, 9]
-    expected = [
-        None if i == 2 else engine.generate(p, max_new_tokens=n).tokens
-        for i, (p, n) in enumerate(zip(prompts, limits, strict=True))
-    ]
-    steps, real = [], engine.step
-    monkeypatch.setattr(
-        engine, "step", lambda batch: steps.append([len(t) for _, t in batch]) or real(batch)
-    )
-    scheduler, ended = Scheduler(slots=4, keep_prefixes=False), threading.Semaphore(0)
-    events = [[] for _ in prompts]
-
-    def emit(into):
-        return lambda event: into.append(event) or (isinstance(event, str) and ended.release())
-
-    bias = [Sampling()] * 3 + [Sampling(bias=((10**6, 1.0),))]
-    jobs = [
-        Job(engine=engine, prompt=p, emit=emit(e), max_new_tokens=n, sampling=s)
-        for p, e, n, s in zip(prompts, events, limits, bias, strict=True)
-    ]
-    assert scheduler.submit(jobs)
-    for _ in jobs:
-        assert ended.acquire(timeout=60)
-    scheduler.stop()
-    assert [e[-1] for e in events] == ["done", "done", "failed", "failed"]
-    assert "token ids" in str(jobs[2].error)
-    assert "bias" in str(jobs[3].error)
-    for i in (0, 1):
-        assert jobs[i].result.tokens == expected[i]
-        assert [p.token for p in events[i][:-1]] == expected[i]
-    # A prompt is long for the others, so it is a step of its own; then both decode in one.
-    assert steps == [[9], [20], [1], [4]] + [[1, 1]] * 5 + [[1]] * 6
-
-
 def test_a_job_that_is_cancelled_ends_between_two_steps(engine):
     events, ended = [], threading.Event()
 
