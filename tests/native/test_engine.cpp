@@ -246,7 +246,7 @@ void beyond_positions() {
   if (acttail_engine_new(&d.model, 1, &engine) != ACTTAIL_OK || acttail_engine_new(&any.model, 1, &other) != ACTTAIL_OK) {
     std::abort();
   }
-  expect(acttail_cache_new(engine, Decoder::positions + 1, &cache) == ACTTAIL_BAD_ARGUMENT, "a cache beyond positions", o);
+  expect(acttail_cache_new(engine, nullptr, Decoder::positions + 1, &cache) == ACTTAIL_BAD_ARGUMENT, "a cache beyond positions", o);
   if (acttail_cache_new(other, Decoder::positions + 1, &cache) != ACTTAIL_OK) std::abort();
   const int64_t token = 1;
   float* const none[1] = {};
