@@ -1,13 +1,16 @@
 """The server under load: many streaming clients for two minutes; errors, memory, percentiles.
 
-Starts `acttail serve smollm2-135m` at S = 0.5 on a port of loopback and drives it with the official
-openai client. Appends to serve_load.csv and fills the table of docs/howto/serving.md.
+Starts `acttail serve smollm2-135m` on a port of loopback and drives it with the official openai client, which runs
+on the same cores. With `--revision` an older revision serves by turns with this tree. Appends to serve_load.csv and
+fills the tables of docs/howto/serving.md and docs/performance.md.
 
-    python benchmarks/serve_load.py [--clients 64] [--seconds 120] [--dtype int8] [--table-only]
+    python benchmarks/serve_load.py [--clients 64] [--seconds 120] [--dtype int8] [--sparsity 0.5] [--slots 64]
+        [--revision REV [--tree FOLDER] [--old-slots 8] [--rounds 1]] [--table-only]
 """
 
 import asyncio
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -17,7 +20,8 @@ from pathlib import Path
 
 import openai
 import psutil
-from common import On, Rows, fill, label, options
+from common import HERE, On, Rows, fill, label, options
+from revisions import checked_out
 
 import acttail
 
@@ -79,50 +83,91 @@ def percentile(values, share):
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def measure(args, rows):
+# A server of another tree: before the editable install's own finder, which would lead back to this one.
+SERVER = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
+sys.path.insert(0, sys.argv.pop(1))
+import acttail
+assert acttail.__file__.startswith(sys.path[0]), acttail.__file__
+from acttail.__main__ import main
+main()
+"""
+
+
+def serve_once(args, source, slots):
+    """What the clients of one server saw; the package of a source tree, or of this one."""
     with tempfile.TemporaryDirectory() as folder:
-        plan = Path(folder) / "plan.json"
-        acttail.make_plan(args.model, 0.5).save(plan)
-        command = [sys.executable, "-m", "acttail", "serve", args.model, "--plan", str(plan), "--dtype", args.dtype,
-                   "--port", "0", "--slots", str(args.slots)]  # fmt: skip
-        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        more = []
+        if args.sparsity:
+            plan = Path(folder) / "plan.json"
+            acttail.make_plan(args.model, args.sparsity).save(plan)
+            more = ["--plan", str(plan)]
+        start = ["-m", "acttail"] if source is None else ["-c", SERVER, str(source)]
+        command = [sys.executable, *start, "serve", args.model, *more, "--dtype", args.dtype, "--port", "0",
+                   "--slots", str(slots), "--threads", str(args.threads)]  # fmt: skip
+        env = os.environ if source is None else os.environ | {"PYTHONPATH": str(source)}
+        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
         try:
             url = next(line.split()[-1] for line in server.stderr if line.startswith("API"))
-            seen = asyncio.run(
-                drive(
-                    url,
-                    Path(args.model).name,
-                    args.clients,
-                    args.seconds,
-                    psutil.Process(server.pid),
-                )
-            )
+            name = Path(args.model).name
+            process = psutil.Process(server.pid)
+            seen = asyncio.run(drive(url, name, args.clients, args.seconds, process))
         finally:
             server.terminate()
-            status = server.wait(30)
+            seen_status = server.wait(30)
+    return seen | {"status": seen_status}
+
+
+def measure(args, rows):
+    trees = {"": (None, args.slots)}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.revision:
+            source = (
+                args.tree / "src" if args.tree else checked_out(args.revision, Path(folder) / "old")
+            )
+            trees = {args.revision: (source, args.old_slots)} | trees
+        for i in range(args.rounds):
+            for revision in list(trees)[:: 1 if i % 2 == 0 else -1]:
+                source, slots = trees[revision]
+                note(args, rows, revision, slots, serve_once(args, source, slots))
+        if args.revision and not args.tree:
+            gone = [
+                "git",
+                "-C",
+                str(HERE.parent),
+                "worktree",
+                "remove",
+                "--force",
+                str(Path(folder) / "old"),
+            ]
+            subprocess.run(gone, check=False)
+
+
+def note(args, rows, revision, slots, seen):
     rows.append({
-        "dtype": args.dtype, "sparsity": 0.5, "clients": args.clients, "slots": args.slots,
+        "revision": revision, "dtype": args.dtype, "sparsity": args.sparsity, "clients": args.clients, "slots": slots,
         "new_tokens": NEW_TOKENS, "seconds": round(seen["seconds"], 1), "requests": seen["requests"],
         "errors": len(seen["errors"]), "tokens_per_second": round(seen["tokens"] / seen["seconds"], 1),
         **{f"first_token_p{p}": round(percentile(seen["first"], p / 100), 3) for p in (50, 95, 99)},
         **{f"token_p{p}": round(percentile(seen["gaps"], p / 100), 4) for p in (50, 95, 99)},
         "memory_first_third_mb": round(seen["memory_first"], 1), "memory_last_third_mb": round(seen["memory_last"], 1),
-        "exit_status": status,
+        "exit_status": seen["status"],
     }, On(label(args.model), "questions of the script"))  # fmt: skip
     print(seen["errors"][:3], flush=True)
 
 
 def table(found):
     lines = [
-        "| clients | slots | weights | requests | errors | tokens/s in all | first token, s: median, 95 %, 99 % "
+        "| revision | clients | slots | weights | S | requests | errors | tokens/s in all | first token, s: median, 95 %, 99 % "
         "| between tokens, ms: median, 95 %, 99 % | memory, first and last third |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found.values():
         first = ", ".join(f"{float(r[f'first_token_p{p}']):.2f}" for p in (50, 95, 99))
         gaps = ", ".join(f"{1000 * float(r[f'token_p{p}']):.0f}" for p in (50, 95, 99))
         lines.append(
-            f"| {r['clients']} | {r['slots']} | {r['dtype']} | {r['requests']} | {r['errors']} | {r['tokens_per_second']} "
+            f"| {r['revision'] or 'this'} | {r['clients']} | {r['slots']} | {r['dtype']} | {r['sparsity']} | {r['requests']} | {r['errors']} | {r['tokens_per_second']} "
             f"| {first} | {gaps} | {float(r['memory_first_third_mb']):.0f} MB, {float(r['memory_last_third_mb']):.0f} MB |"
         )
     return "\n".join(lines)
@@ -134,11 +179,17 @@ def main():
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--dtype", default="int8")
     parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--threads", type=int, default=2, help="of the server")
+    parser.add_argument("--revision", default="", help="an older one, by turns with this tree")
+    parser.add_argument("--tree", type=Path, help="where it is checked out and compiled already")
+    parser.add_argument("--old-slots", type=int, default=8, help="of the older one")
+    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     rows = Rows("serve_load", args.out)
     if not args.table_only:
         measure(args, rows)
-    found = rows.latest("clients", "slots", "dtype")
+    found = rows.latest("revision", "clients", "slots", "dtype", "sparsity")
     fill(args.out, "docs/howto/serving.md", "load", table(found))
 
 

@@ -1,5 +1,6 @@
 """Many generations at once: full passes, prompts in pieces, a limit of memory, and nobody's tokens change."""
 
+import itertools
 import threading
 
 import pytest
@@ -83,7 +84,7 @@ def test_a_long_prompt_is_fed_in_pieces_between_the_steps_of_others(engine, monk
     pieces = [i for i, w in enumerate(widths) if isinstance(w, int)]
     assert [widths[i] for i in pieces] == [32] * 9 + [12]
     # The other stream has a token between any two pieces.
-    assert all(later - earlier == 2 for earlier, later in zip(pieces, pieces[1:], strict=False))
+    assert all(later - earlier == 2 for earlier, later in itertools.pairwise(pieces))
 
 
 def test_who_fails_fails_alone(engine):

@@ -16,6 +16,10 @@ _CANDIDATES = 1024
 _COLDEST = 1e-30
 
 
+# Entries whose probabilities are added up before the one that is drawn is looked for among them.
+_BLOCK = 256
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn.
@@ -122,10 +126,17 @@ class Sampler:
         return int(index[self._pick(p.numpy())])
 
     def _pick(self, p: Any) -> int:
-        """An index drawn with probabilities p (not normalised), by the inverse of the distribution."""
-        total = p.cumsum(dtype=np.float64)
-        draw = float(torch.rand((), dtype=torch.float64, generator=self._generator)) * total[-1]
-        return min(int(total.searchsorted(draw, side="right")), len(p) - 1)
+        """An index drawn with probabilities p (not normalised), by the inverse of the distribution.
+
+        Of blocks first, then of one block's entries: 0.02 ms instead of 0.2 for 49,152 of them.
+        """
+        draw = float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        whole = len(p) // _BLOCK * _BLOCK
+        sums = p[:whole].reshape(-1, _BLOCK).sum(1)
+        if whole < len(p):
+            sums = np.append(sums, p[whole:].sum())
+        block, rest = _inverse(sums, draw)
+        return block * _BLOCK + _inverse(p[block * _BLOCK : (block + 1) * _BLOCK], rest)[0]
 
     def penalised(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits [vocabulary] with the biases and the penalties on tokens already there."""
@@ -182,3 +193,13 @@ class Sampler:
             # Ids below the candidates are rarer still, so cutting here is exact unless all pass.
             p = p[: max(1, int((p >= s.min_p * p[0]).sum()))]
         return p, index[: len(p)]
+
+
+def _inverse(p: Any, draw: float) -> tuple[int, float]:
+    """Where a number from 0 to 1 falls among probabilities p [n], and where it falls within that one's share."""
+    total = p.cumsum(dtype=np.float64)
+    # Below the sum, so that what has no probability is never drawn.
+    at = min(draw * total[-1], np.nextafter(total[-1], 0))
+    index = int(total.searchsorted(at, side="right"))
+    share = float(p[index])
+    return index, min(1.0, max(0.0, (at - (total[index] - share)) / share))

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -16,6 +17,8 @@ from acttail.serve.scheduler import Scheduler
 _LOG = logging.getLogger("acttail.serve")
 # How often a request that waits looks whether its client is still there.
 _LOOK_SECONDS = 0.5
+# Which of a request's generations, and what: nothing if the client has gone.
+_Event = tuple[int, Piece | Outcome | None]
 
 
 def _closing() -> ApiError:
@@ -24,32 +27,63 @@ def _closing() -> ApiError:
     )  # fmt: skip
 
 
+class Mailbox:
+    """Hands events from the scheduler's thread to an event loop, all that there are at a wake-up.
+
+    Args:
+        loop: that takes them.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._events: deque[tuple[asyncio.Queue[_Event], _Event]] = deque()
+        self._waking = False
+
+    def put(self, queue: "asyncio.Queue[_Event]", event: _Event) -> None:
+        """Put an event into a queue of the loop, from any thread."""
+        self._events.append((queue, event))
+        if not self._waking:
+            self._waking = True
+            with suppress(RuntimeError):  # the loop has ended: nobody listens any more
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        # Before anything is taken: whoever puts something later wakes the loop again.
+        self._waking = False
+        while self._events:
+            queue, event = self._events.popleft()
+            queue.put_nowait(event)
+
+
 class Call:
     """Generations that answer one request.
 
     Args:
         scheduler: that runs them.
+        mailbox: of the event loop.
         metrics: that note how they went.
         gone: tells whether the client has disconnected.
     """
 
     def __init__(
-        self, scheduler: Scheduler, metrics: Metrics, gone: Callable[[], Awaitable[bool]]
-    ) -> None:
-        self._scheduler, self._metrics, self._gone = scheduler, metrics, gone
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Piece | Outcome]] = asyncio.Queue()
+        self, scheduler: Scheduler, mailbox: Mailbox, metrics: Metrics, gone: Callable[[], Awaitable[bool]]
+    ) -> None:  # fmt: skip
+        self._scheduler, self._mailbox, self._metrics, self._gone = (
+            scheduler,
+            mailbox,
+            metrics,
+            gone,
+        )
+        self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self.jobs: list[Job] = []
 
     def add(self, **fields: Any) -> None:
         """Add a generation; fields as of :class:`Job`."""
         index = len(self.jobs)
 
-        def emit(event: Piece | Outcome) -> None:
-            with suppress(RuntimeError):  # the loop has ended: nobody listens any more
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-
-        self.jobs.append(Job(emit=emit, **fields))
+        self.jobs.append(
+            Job(emit=lambda event: self._mailbox.put(self._events, (index, event)), **fields)
+        )
 
     def submit(self) -> None:
         """Queue the generations.
@@ -77,17 +111,13 @@ class Call:
             ApiError: a generation failed or waited too long.
         """
         left = len(self.jobs)
-        looked = self._loop.time()
+        # A task beside, for a deadline of each event would cost more than the event.
+        watching = asyncio.create_task(self._watch())
         try:
             while left:
-                if self._loop.time() - looked >= _LOOK_SECONDS:
-                    if await self._gone():
-                        return
-                    looked = self._loop.time()
-                try:
-                    index, event = await asyncio.wait_for(self._events.get(), _LOOK_SECONDS)
-                except asyncio.TimeoutError:
-                    continue
+                index, event = await self._events.get()
+                if event is None:
+                    return
                 if isinstance(event, Piece):
                     yield index, event
                     continue
@@ -95,7 +125,14 @@ class Call:
                 left -= 1
                 yield index, None
         finally:
+            watching.cancel()
             self.cancel()
+
+    async def _watch(self) -> None:
+        """Tell the events' reader when the client has gone."""
+        while not await self._gone():
+            await asyncio.sleep(_LOOK_SECONDS)
+        self._events.put_nowait((-1, None))
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         if outcome == "expired":

@@ -1,5 +1,6 @@
 """What the routes share: the engine, what is allowed, the queue and the counters."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from acttail.engine import Engine
 from acttail.engine.protocol import PAGE
 from acttail.engine.variants import Variants
 from acttail.errors import ActTailError
-from acttail.serve.calls import Call
+from acttail.serve.calls import Call, Mailbox
 from acttail.serve.errors import ApiError
 from acttail.serve.grammars import Grammars, Matcher
 from acttail.serve.limits import CLIENT
@@ -103,6 +104,14 @@ class Server:
             engine, seconds=options.prompt_seconds, special_tokens=options.special_tokens
         )
         self.grammars = Grammars(engine)
+        self._mailbox: tuple[asyncio.AbstractEventLoop, Mailbox] | None = None
+
+    def _mail(self) -> Mailbox:
+        """The mailbox of the loop that runs this."""
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox[0] is not loop:
+            self._mailbox = loop, Mailbox(loop)
+        return self._mailbox[1]
 
     def about(self) -> dict[str, Any]:
         """What the page and scripts may want to know."""
@@ -144,7 +153,7 @@ class Server:
         for token in body.logit_bias or {}:
             self.prompting.checked([token], "logit_bias")
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
-        call = Call(self.scheduler, self.metrics, request.is_disconnected)
+        call = Call(self.scheduler, self._mail(), self.metrics, request.is_disconnected)
         for ids in prompts:
             try:
                 room = min(check_room(engine, len(ids), self.most_tokens), self.options.max_tokens)
