@@ -204,6 +204,15 @@ def test_those_who_come_while_another_runs_share_its_prompt(engine):
     assert (first.held, second.held) == (0, 60)
 
 
+def test_of_those_who_come_at_once_and_begin_alike_one_computes_the_beginning(engine, widths):
+    system = prompt(60, 1)
+    jobs = [job(engine, torch.cat([system, prompt(5, i)]), 3) for i in range(4)]
+    blocker = job(engine, prompt(3, 9), 40)
+    run([blocker, *jobs], slots=5)
+    assert [j.held for j in jobs] == [0, 60, 60, 60]
+    assert [w for w in widths if isinstance(w, int)] == [65]
+
+
 def test_turns_of_the_line():
     line, jobs = Line(), [job(None, prompt(1, 0), 1, client=c) for c in "aaab"]
     for one in jobs:

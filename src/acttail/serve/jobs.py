@@ -35,6 +35,7 @@ class Job:
         result: filled as it goes.
         error: what went wrong, after the outcome ``failed``.
         sequence: that it runs in, while it has a slot.
+        looked: how many sequences had been kept when one was last looked for that begins alike.
         feeding: the prompt on its way into the sequence piece by piece, if it is.
         held: tokens of the prompt that an earlier request had left in a KV cache.
         read_share: mean share of the projections' weights that decoding read, NaN until known.
@@ -58,6 +59,7 @@ class Job:
     first_token: float | None = None
     sequence: Sequence | None = None
     feeding: Prompt | None = None
+    looked: int = 0
     held: int = 0
     _cancelled: bool = False
     _read: float = 0.0

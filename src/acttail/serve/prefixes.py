@@ -36,15 +36,20 @@ class PrefixCache:
 
     Args:
         size: sequences kept; 0 for none.
+
+    Attributes:
+        given: how many it was ever given.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.given = 0
         self._kept: list[_Kept] = []
 
     def take(
-        self, engine: TokenEngine, client: str, prompt: torch.Tensor, capacity: int
-    ) -> Sequence:
+        self, engine: TokenEngine, client: str, prompt: torch.Tensor, capacity: int,
+        own: Sequence | None = None,
+    ) -> Sequence:  # fmt: skip
         """A sequence for a prompt; it may hold some of its tokens already.
 
         Args:
@@ -52,15 +57,16 @@ class PrefixCache:
             client: whose it is; how fast an answer comes tells nobody what others have asked.
             prompt: [n] token ids; at least the last one is left to feed.
             capacity: tokens it must have room for.
+            own: a sequence that there is already, to be had back unless what is kept goes further.
         """
-        best, common, ids = None, 0, prompt.numpy()
+        best, common, ids = None, 0 if own is None else own.length + 1, prompt.numpy()
         for kept in self._kept:
             if kept.engine is engine and kept.client == client:
                 shared = min(kept.common(ids), len(ids) - 1)
                 if shared >= max(_WORTH, common):
                     best, common = kept, shared
         if best is None:
-            return engine.new_sequence(capacity)
+            return engine.new_sequence(capacity) if own is None else own
         self._kept.remove(best)
         self._kept.append(best)
         return best.sequence.fork(common, capacity)
@@ -81,6 +87,7 @@ class PrefixCache:
         if not self.size or not engine.keeps_prefixes:
             return
         ids = tokens.numpy()
+        self.given += 1
         self._kept = [
             kept
             for kept in self._kept

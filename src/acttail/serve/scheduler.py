@@ -198,7 +198,7 @@ class Scheduler:
 
     def _turn(self) -> None:
         """A token for every job with a slot, and a part of the prompts."""
-        fed: list[Job] = []
+        long: list[Job] = []
         for engine, jobs in self._by_engine():
             prompts: list[Job] = []
             decoding: list[Job] = []
@@ -213,11 +213,28 @@ class Scheduler:
                     decoding.append(job)
             for batch in self._batches(engine, prompts, decoding):
                 self._step(engine, batch)
-            fed += prompts
+            long += [job for job in prompts if job.in_prompt and self._is_long(job)]
         # One piece of one prompt, whoever else waits: first come, first served.
-        fed = [job for job in fed if job.feeding is not None]
-        if fed:
-            self._feed(min(fed, key=lambda j: j.started or 0.0))
+        if long:
+            self._feed(min(long, key=lambda j: j.started or 0.0))
+
+    def _is_long(self, job: Job) -> bool:
+        """Whether a prompt is fed in pieces: it is being, or the rest is too long for a pass with others."""
+        if job.feeding is not None:
+            return True
+        return job.sequence is not None and not job.engine.decodes(job.sequence, len(job.pending))
+
+    def _look_again(self, job: Job) -> None:
+        """Take what is kept of a prompt's beginning since its job started, before any of it is fed.
+
+        Of many that come at once and begin alike, one computes the beginning.
+        """
+        sequence = job.sequence
+        if sequence is None or sequence.length > job.held or job.looked == self._kept.given:
+            return
+        job.looked = self._kept.given
+        found = self._kept.take(job.engine, job.client, job.prompt, sequence.capacity, sequence)
+        job.sequence, job.held = found, found.length
 
     def _by_engine(self) -> list[tuple[TokenEngine, list[Job]]]:
         found: dict[TokenEngine, list[Job]] = {}
@@ -237,12 +254,9 @@ class Scheduler:
         for job in prompts:
             if job.feeding is not None or job.sequence is None:
                 continue
+            self._look_again(job)
             tokens = job.pending
             if not engine.decodes(job.sequence, len(tokens)):
-                try:
-                    job.feeding = engine.prompt(job.sequence, tokens)
-                except Exception as error:
-                    self._end(job, error)
                 continue
             if left <= 0:
                 continue
@@ -280,9 +294,11 @@ class Scheduler:
 
     def _feed(self, job: Job) -> None:
         """A piece of a long prompt."""
-        if job.feeding is None or not self._affordable([(job, job.pending)]):
+        if not self._affordable([(job, job.pending)]) or job.sequence is None:
             return
         try:
+            if job.feeding is None:
+                job.feeding = job.engine.prompt(job.sequence, job.pending)
             logits = job.feeding.advance()
         except Exception as error:
             self._end(job, error)
