@@ -18,7 +18,7 @@ from acttail.serve.line import Line
 from acttail.serve.memory import KvMemory
 from acttail.serve.prefixes import PrefixCache
 
-# Tokens of short prompts in a turn, where others decode: four passes of eight.
+# Tokens of short prompts in a turn, where others decode: four passes of eight, or as many as those decode.
 _PROMPT_TOKENS = 32
 # Sequences kept for each slot: one that its prompt leaves, and one of a conversation that may go on.
 _KEPT = 2
@@ -250,7 +250,7 @@ class Scheduler:
         A prompt that is long for that is left to be fed in pieces.
         """
         rows = [(job, job.pending[: engine.replayed]) for job in decoding]
-        left, full = _PROMPT_TOKENS if rows else 1 << 62, engine.together
+        left, full = max(_PROMPT_TOKENS, len(rows)) if rows else 1 << 62, engine.together
         for job in prompts:
             if job.feeding is not None or job.sequence is None:
                 continue
