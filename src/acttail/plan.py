@@ -114,6 +114,8 @@ class SparsityPlan:
         rule: which entries stay, one of :data:`RULES`: ``topk`` (the k largest), ``wina`` (the k largest
             by magnitude times column norm), ``threshold``, ``top-p`` or ``cats``; under the last three,
             k is what calibration expected on average.
+        notes: on how the budget came to be where it was not asked for as a sparsity: what was asked for, and what is
+            forecast.
         version: of this format.
     """
 
@@ -127,6 +129,7 @@ class SparsityPlan:
     projections: Annotated[dict[Name, ProjectionPlan], Len(1)]
     created_with: dict[Name, Name] = field(default_factory=dict)
     rule: str = DEFAULT_RULE
+    notes: dict[Name, Name] = field(default_factory=dict)
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -182,7 +185,7 @@ class SparsityPlan:
         for name, entry in data["projections"].items():
             kept = {key: value for key, value in entry.items() if value is not None}
             data["projections"][name] = kept | {"sketch": list(entry["sketch"])}
-        return {key: data[key] for key in _ORDER}
+        return {key: data[key] for key in _ORDER if key != "notes" or self.notes}
 
     @classmethod
     def from_dict(cls, data: Any) -> "SparsityPlan":
@@ -281,7 +284,7 @@ class SparsityPlan:
 
 _ORDER = (
     "version", "model", "fingerprint", "allocator", "arguments", "rule", "sparsity", "realised_sparsity",
-    "created_with", "projections",
+    "created_with", "notes", "projections",
 )  # fmt: skip
 
 
@@ -378,6 +381,7 @@ def build_plan(
     rule: str = DEFAULT_RULE,
     extras: Mapping[str, Mapping[str, Any]] | None = None,
     sketches: Mapping[str, tuple[float, float]] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> SparsityPlan:
     """Put solved sparsities, fits and the model's identity into a plan.
 
@@ -393,6 +397,7 @@ def build_plan(
         extras: projection name -> further fields of its entry (threshold, p).
         sketches: projection name -> :func:`sketch` of its weight, where it was taken before; of the other
             matrices only its entries are read.
+        notes: on how the budget came to be, see :class:`SparsityPlan`.
 
     Raises:
         PlanError: a projection is missing or unknown.
@@ -426,4 +431,5 @@ def build_plan(
     return SparsityPlan(
         model=clean(weights.name) or "model", fingerprint=fingerprint(projections), allocator=allocator,
         arguments=dict(arguments), sparsity=sparsity, projections=entries, created_with=created_with(), rule=rule,
+        notes=dict(notes or {}),
     )  # fmt: skip

@@ -197,8 +197,8 @@ def test_what_makes_a_budget_is_refused_beside_one(option, value, closed, monkey
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("--sparsity", "0.4", "--max-kl", "0.1"), "give one of --sparsity, --max-loss and --max-kl, not --sparsity and --max-kl"),
-        (("--allocator", "uniform"), "--allocator is about a plan: give --sparsity, --max-loss or --max-kl too"),
+        (("--sparsity", "0.4", "--max-kl", "0.1"), "give one of --sparsity, --read-share, --speedup, --max-loss and --max-kl, not --sparsity and --max-kl"),
+        (("--allocator", "uniform"), "--allocator is about a plan: give one of --sparsity, --read-share, --speedup, --max-loss and --max-kl too"),
         (("--plan", JUNK, "--max-kl", "0.1"), "--plan is a whole plan: leave it out, or --max-kl"),
     ],
 )  # fmt: skip

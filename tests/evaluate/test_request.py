@@ -157,7 +157,7 @@ def test_a_model_that_carries_a_plan_is_measured_dense(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "one of sparsity, max_loss and max_kl"), ({"sparsity": 0.4, "max_kl": 1}, "one of sparsity"),
+        ({}, "one of sparsity, read_share, speedup, max_loss and max_kl"), ({"sparsity": 0.4, "max_kl": 1}, "one of sparsity"),
         ({"sparsity": 1}, "from 0.0 to 0.99"), ({"max_loss": 0}, "positive"), ({"sparsity": 0.4, "allocator": "best"}, "best"),
         ({"sparsity": 0.4, "rule": "best"}, "best"), ({"sparsity": 0.4, "arguments": {"colour": "1"}}, "colour"),
         ({"sparsity": 0.4, "allocator": "greedy", "head": True}, "greedy leaves the output head dense"),

@@ -1,5 +1,6 @@
 """The model as an allocator sees it: shapes, costs, spectra and fits, and what was measured on text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -58,12 +59,14 @@ class AllocationContext:
         progress: called with (done, total) during long work.
         calibration: what a calibrated allocator needs; None for data-free ones.
         curves: of this model, to use instead of a file's or of measuring some.
+        prices: projection -> its cost in the budget where that is not the number of its weights; for each, or none.
     """
 
     weights: WeightSource
     progress: Progress | None = None
     calibration: Calibration | None = None
     curves: SensitivityCurves | None = None
+    prices: Mapping[str, float] | None = None
     _spectra: dict[bool, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     _fits: dict[str, dict[str, TailFit]] = field(default_factory=dict, repr=False)
     _sketches: dict[str, Sketch] = field(default_factory=dict, repr=False)
@@ -86,8 +89,9 @@ class AllocationContext:
 
     @property
     def costs(self) -> Array:
-        """[P] weights read per token."""
-        return np.array([p.cost for p in self.projections], dtype=np.float64)
+        """[P] what each costs in the budget: the weights read per token, unless there are prices."""
+        prices = self.prices or {p.name: p.cost for p in self.projections}
+        return np.array([prices[p.name] for p in self.projections], dtype=np.float64)
 
     @property
     def blocks(self) -> npt.NDArray[np.int64]:

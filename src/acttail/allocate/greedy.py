@@ -162,7 +162,7 @@ def allocate(
     tokens = arguments["tokens"]
     found = calibration.once(lambda: paths(calibration, tokens), "greedy", tokens)
     solved: dict[str, float] = {}
-    cost = {p.name: p.cost for p in context.projections}
+    cost = dict(zip((p.name for p in context.projections), context.costs, strict=True))
     for path in found:
         values = path.at(sparsity, np.array([cost[n] for n in path.names]))
         solved.update(zip(path.names, map(float, values), strict=True))

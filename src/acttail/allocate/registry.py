@@ -1,6 +1,7 @@
 """Allocators by name, and the door through which plans are made."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from acttail.allocate.cats import CATS
 from acttail.allocate.context import AllocationContext, calibration_of
 from acttail.allocate.controls import DEPTH, LAROSA, PER_TYPE, PERMUTED, REVERSED, UNIFORM, WINA
 from acttail.allocate.ffn import FFN_ONLY
+from acttail.allocate.goal import Goal
 from acttail.allocate.greedy import GREEDY
 from acttail.allocate.selection import selection_for
 from acttail.allocate.sensitivity import REFINED, SENSITIVITY
@@ -139,7 +141,7 @@ def check_head(allocator: str, head: bool | None) -> None:
 
 def make_plan(
     model: Any,
-    sparsity: float,
+    sparsity: float | Goal,
     *,
     allocator: str = DEFAULT,
     arguments: Mapping[str, Any] | None = None,
@@ -154,7 +156,8 @@ def make_plan(
     Args:
         model: a loaded transformers model, an opened WeightSource, or what :func:`acttail.load` takes
             (then the weights are read one matrix at a time, each once).
-        sparsity: model sparsity S, the cost-weighted mean, in [0, 0.99].
+        sparsity: model sparsity S, the cost-weighted mean, in [0, 0.99]; or what a decoded token may cost, of
+            which the plan's S then follows.
         allocator: name of the rule; ``acttail`` by default.
         arguments: overrides of the rule's defaults.
         context: reuse the spectra and curves of an earlier call for the same model.
@@ -171,7 +174,7 @@ def make_plan(
         after rounding to whole entries).
 
     Raises:
-        BudgetError: S is not a number in [0, 0.99].
+        BudgetError: S is not a number in [0, 0.99], or the goal is out of reach.
         ActTailError: unknown allocator, argument or rule, a rule the allocator does not go with, or a head
             that it cannot put into its budget.
         TextError: calibration is needed and not given.
@@ -180,7 +183,7 @@ def make_plan(
     """
     row = get(allocator)
     selection = selection_for(row, rule)
-    target = check_target(sparsity)
+    target = None if isinstance(sparsity, Goal) else check_target(sparsity)
     merged = row.arguments(arguments or {})
     if context is None:
         context = AllocationContext(as_weights(model), progress=progress)
@@ -189,7 +192,15 @@ def make_plan(
     context = budgeted(context, allocator, head, merged)
     if selection.calibrate is not None:
         calibration_of(context)  # before the budget is solved, which may take minutes
-    allocation = row.allocate(context, target, merged)
+    notes: Mapping[str, str] = {}
+    if isinstance(sparsity, Goal):
+        priced = replace(context, prices=sparsity.costs(context.projections))
+        allocation, cost = sparsity.meet(
+            context.projections, lambda share: row.allocate(priced, share, merged)
+        )
+        notes = sparsity.describe(cost)
+    else:
+        allocation = row.allocate(context, check_target(sparsity), merged)
     names = [p.name for p in context.projections]
     sparsities = dict(zip(names, map(float, allocation.sparsities), strict=True))
     extras = None
@@ -205,4 +216,5 @@ def make_plan(
         rule=selection.rule.name,
         extras=extras,
         sketches=context.sketches(),
+        notes=notes,
     )

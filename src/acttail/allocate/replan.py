@@ -110,8 +110,8 @@ def replan(
         for (name, e), s in zip(plan.projections.items(), map(float, solved), strict=True)
     }
     return replace(
-        plan, sparsity=target, projections=entries, allocator=allocator.name, arguments=arguments
-    )
+        plan, sparsity=target, projections=entries, allocator=allocator.name, arguments=arguments, notes={}
+    )  # fmt: skip
 
 
 def _solver(

@@ -28,7 +28,7 @@ def allocate(
         PlanError: the curves belong to another model, or were measured with another loss.
     """
     curves = curves_for(context, arguments)
-    costs = {p.name: p.cost for p in context.projections}
+    costs = dict(zip((p.name for p in context.projections), map(float, context.costs), strict=True))
     found = minimise(curves.curves, curves.grid, costs, sparsity)
     return Allocation(np.array([found[p.name] for p in context.projections]))
 

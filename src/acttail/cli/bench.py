@@ -8,7 +8,16 @@ from acttail.cli.console import note, out, print_json, say
 from acttail.cli.dtypes import AnyDtype
 from acttail.cli.judge import check_outputs, names, option
 from acttail.cli.options import CalibrationText, Curves, Json, Model, ResultFile
-from acttail.cli.planning import MaxKl, MaxLoss, opened_plan, plan_or_request, request_of
+from acttail.cli.planning import (
+    MaxKl,
+    MaxLoss,
+    ReadShare,
+    Speedup,
+    engine_of,
+    opened_plan,
+    plan_or_request,
+    request_of,
+)
 from acttail.cli.progress import work
 from acttail.errors import ActTailError
 
@@ -22,6 +31,8 @@ def bench(
         float | None,
         typer.Option(help="Or a sparsity, 0.5 by default; the same everywhere unless --allocator."),
     ] = None,
+    read_share: ReadShare = None,
+    speedup: Speedup = None,
     max_loss: MaxLoss = None,
     max_kl: MaxKl = None,
     allocator: Annotated[
@@ -75,8 +86,10 @@ def bench(
             "--device takes one --prompt-tokens and none of --against, --peer-file, --threads, --plot"
         )
     asked = plan_or_request(
-        plan, sparsity=sparsity, max_loss=max_loss, max_kl=max_kl, curves=curves, text=calibration_text,
-        allocator=allocator or ("uniform" if sparsity is not None and curves is None else None),
+        plan, sparsity=sparsity, read_share=read_share, speedup=speedup, max_loss=max_loss, max_kl=max_kl, curves=curves, text=calibration_text,
+        engine=engine_of(dtype, threads),
+        allocator=allocator
+        or ("uniform" if (sparsity, read_share, speedup) != (None, None, None) and curves is None else None),
     ) or request_of(sparsity=0.5, allocator="uniform")  # fmt: skip
     with option("--peer-file"):
         check_peer_file(gguf)
@@ -160,7 +173,7 @@ def _print(row: dict[str, Any]) -> None:
         ratio = row["ratios"].get(name)
         traffic = row["bytes_per_token"].get(name)
         table.add_row(
-            name if name != "sparse" else f"sparse ({row['sparsity']:g})", f"{speed:,.1f}",
+            name if name != "sparse" else f"sparse ({row['sparsity']:.4g})", f"{speed:,.1f}",
             f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "",
             f"{row['prefill_tokens_per_second'][name]:,.0f}",
             f"{traffic / 1e6:,.1f}" if traffic else "",
@@ -178,6 +191,13 @@ def _print(row: dict[str, Any]) -> None:
         ),
         style="dim",
     )
+    dense = row["ratios"].get("dense")
+    if row["forecast"] is not None and dense is not None:
+        off = row["forecast"] / dense["median"] - 1
+        say(
+            f"forecast of the plan: {row['forecast']:.2f}x dense; measured {dense['median']:.2f}x, so the forecast is "
+            f"{abs(off):.1%} {'above' if off > 0 else 'below'}"
+        )
     for entry in row["contexts"][1:]:
         speeds = ", ".join(f"{n} {v:,.1f}" for n, v in entry["tokens_per_second"].items())
         say(f"after {entry['prompt_tokens']} tokens: {speeds} tokens/s")

@@ -9,7 +9,16 @@ from acttail.cli.dtypes import AnyDtype
 from acttail.cli.engines import EngineName, Threads, check_engine, open_engine
 from acttail.cli.judge import check_of_use, curves_of, option, policy_of, sampling_of
 from acttail.cli.options import CalibrationText, Model, PlanFile, Prefill, TrustRemoteCode
-from acttail.cli.planning import Allocator, MaxKl, MaxLoss, opened_plan, plan_or_request
+from acttail.cli.planning import (
+    Allocator,
+    MaxKl,
+    MaxLoss,
+    ReadShare,
+    Speedup,
+    engine_of,
+    opened_plan,
+    plan_or_request,
+)
 from acttail.errors import ActTailError
 
 
@@ -24,6 +33,8 @@ def chat(
         float | None,
         typer.Option(help="To begin with; the plan's by default, else dense.", metavar="S"),
     ] = None,
+    read_share: ReadShare = None,
+    speedup: Speedup = None,
     max_loss: MaxLoss = None,
     max_kl: MaxKl = None,
     allocator: Allocator = None,
@@ -76,9 +87,10 @@ def chat(
     # A plan that is given is solved again at the sparsity; what is asked for instead of one is made at it.
     by_plan = plan is not None
     asked = plan_or_request(
-        plan, sparsity=None if by_plan else sparsity, max_loss=max_loss, max_kl=max_kl, allocator=allocator,
-        text=calibration_text,
-        curves=curves if not by_plan and (sparsity, max_loss, max_kl) != (None, None, None) else None,
+        plan, sparsity=None if by_plan else sparsity, read_share=read_share, speedup=speedup, max_loss=max_loss,
+        max_kl=max_kl, allocator=allocator,
+        text=calibration_text, engine=engine_of(dtype, threads),
+        curves=curves if not by_plan and (sparsity, read_share, speedup, max_loss, max_kl) != (None,) * 5 else None,
     )  # fmt: skip
     with option("--load"):
         messages = load_messages(load) if load else []

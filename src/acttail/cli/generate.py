@@ -22,7 +22,10 @@ from acttail.cli.planning import (
     Allocator,
     MaxKl,
     MaxLoss,
+    ReadShare,
     Sparsity,
+    Speedup,
+    engine_of,
     opened_plan,
     plan_or_request,
 )
@@ -34,6 +37,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     plan: PlanFile = None,
     sparsity: Sparsity = None,
+    read_share: ReadShare = None,
+    speedup: Speedup = None,
     max_loss: MaxLoss = None,
     max_kl: MaxKl = None,
     allocator: Allocator = None,
@@ -78,8 +83,8 @@ def generate(
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
     asked = plan_or_request(
-        plan, sparsity=sparsity, max_loss=max_loss, max_kl=max_kl, allocator=allocator, curves=curves,
-        text=calibration_text,
+        plan, sparsity=sparsity, read_share=read_share, speedup=speedup, max_loss=max_loss, max_kl=max_kl, allocator=allocator, curves=curves,
+        text=calibration_text, engine=engine_of(dtype, threads),
     )  # fmt: skip
     opened = open_model(model, trust_remote_code=trust_remote_code)
     runner = open_engine(

@@ -26,7 +26,7 @@ from acttail.cli.options import (
     NoHead,
     Set,
 )
-from acttail.cli.planning import AUTO, opened_plan, request_of
+from acttail.cli.planning import AUTO, ReadShare, Speedup, engine_of, opened_plan, request_of
 from acttail.errors import ActTailError
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def plan(
         ),
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Model sparsity, 0 to 0.99.")] = None,
+    read_share: ReadShare = None,
+    speedup: Speedup = None,
     max_loss: Annotated[
         float | None,
         typer.Option(help="Instead: most the loss may rise, nats per token, on held-out text."),
@@ -78,6 +80,12 @@ def plan(
     calibration_tokens: CalibrationTokens = 4096,
     curves: Curves = None,
     dtype: Dtype = FAST,
+    engine_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Weights whose bytes or time --read-share and --speedup count: auto, fp32, bf16, int8, int4."
+        ),
+    ] = "auto",
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     output: Annotated[
@@ -98,8 +106,11 @@ def plan(
         also = "; diff takes two plan files" if model == "diff" else ""
         raise ActTailError(f"plan takes one MODEL, got {model} and {' '.join(others)}{also}")
     by_quality = max_loss is not None or max_kl is not None
-    if sum((from_ is not None, by_quality, sparsity is not None and from_ is None)) > 1:
-        raise ActTailError("give one of --sparsity, --max-loss, --max-kl and --from")
+    own_budget = any(v is not None for v in (sparsity, read_share, speedup))
+    if sum((from_ is not None, by_quality, own_budget and from_ is None)) > 1:
+        raise ActTailError(
+            "give one of --sparsity, --read-share, --speedup, --max-loss, --max-kl and --from"
+        )
     if auto and allocator is not None:
         raise ActTailError("give one of --auto and --allocator")
     if auto:
@@ -111,15 +122,19 @@ def plan(
             raise ActTailError("--from says itself whether the head is sparse: leave out --head")
         _check_from({
             "--allocator": allocator, "--rule": rule, "--set": set_, "--curves": curves,
-            "--calibration-text": calibration_text, "--device-map": device_map, "--max-memory": max_memory,
+            "--calibration-text": calibration_text, "--read-share": read_share, "--speedup": speedup, "--device-map": device_map, "--max-memory": max_memory,
         })  # fmt: skip
     if from_ is not None:
         made = _from_file(model, from_, sparsity)
     else:
-        if sparsity is None and not by_quality:
-            raise ActTailError("plan needs --sparsity (or --max-loss, --max-kl, --from)")
+        if not own_budget and not by_quality:
+            raise ActTailError(
+                "plan needs --sparsity (or --read-share, --speedup, --max-loss, --max-kl, --from)"
+            )
+        with option("--engine-dtype"):
+            engine = engine_of(engine_dtype)
         request = request_of(
-            sparsity=sparsity, max_loss=max_loss, max_kl=max_kl, allocator=allocator, rule=rule, head=in_budget,
+            sparsity=sparsity, read_share=read_share, speedup=speedup, engine=engine, max_loss=max_loss, max_kl=max_kl, allocator=allocator, rule=rule, head=in_budget,
             pairs=set_, curves=curves, text=calibration_text, tokens=calibration_tokens, dtype=dtype,
             device_map=device_map, max_memory=max_memory,
         )  # fmt: skip
@@ -157,7 +172,7 @@ def _print_plan(made: "SparsityPlan") -> None:
     from acttail.report.difference import sparsities_by_kind
     from acttail.report.heatmap import grid, terminal
 
-    say(f"{made.model}: {made.allocator}, sparsity {made.sparsity:g}", style="bold")
+    say(f"{made.model}: {made.allocator}, sparsity {made.sparsity:.4g}", style="bold")
     table = Table()
     for heading in ("kind", "count", "mean", "lowest", "highest"):
         table.add_column(heading, justify="left" if heading == "kind" else "right")
@@ -178,4 +193,6 @@ def _print_plan(made: "SparsityPlan") -> None:
         say(
             f"the output head {name}, {share:.0%} of the budget, keeps {entry.k} of {entry.d_in} inputs"
         )
+    for what, said in made.notes.items():
+        say(f"{what}: {said}")
     say(f"realised after rounding to whole entries: {made.realised_sparsity:.4f}")

@@ -20,6 +20,7 @@ from acttail.cli.progress import work
 from acttail.errors import ActTailError
 
 if TYPE_CHECKING:
+    from acttail.engine.config import EngineConfig
     from acttail.evaluate.request import PlanRequest, RequestedPlan
     from acttail.model.opened import Opened
     from acttail.plan import SparsityPlan
@@ -29,6 +30,20 @@ Sparsity = Annotated[
     typer.Option(
         help="Instead of a plan file: a model sparsity; its plan is made once and kept.",
         metavar="S",
+    ),
+]
+ReadShare = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead: the share of the dense model's bytes that a token reads, head and scales included.",
+        metavar="R",
+    ),
+]
+Speedup = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead: how many times as fast as dense to decode on this machine, as it is forecast.",
+        metavar="X",
     ),
 ]
 MaxLoss = Annotated[
@@ -50,13 +65,14 @@ Allocator = Annotated[
 ]
 # Instead of an allocator: the best of several, tried on the model.
 AUTO = "auto"
+_BUDGETS = "--sparsity, --read-share, --speedup, --max-loss and --max-kl"
 # What options have when they were not given.
 _TOKENS = 4096
 
 
 def request_of(
-    *, sparsity: float | None = None, max_loss: float | None = None, max_kl: float | None = None,
-    allocator: str | None = None, rule: str | None = None, head: bool | None = None, pairs: list[str] | None = None,
+    *, sparsity: float | None = None, read_share: float | None = None, speedup: float | None = None,
+    max_loss: float | None = None, max_kl: float | None = None, engine: "EngineConfig | None" = None, allocator: str | None = None, rule: str | None = None, head: bool | None = None, pairs: list[str] | None = None,
     curves: str | None = None, text: str | None = None, tokens: int = _TOKENS, dtype: str = FAST,
     device_map: str | None = None, max_memory: str | None = None,
 ) -> "PlanRequest":  # fmt: skip
@@ -64,8 +80,11 @@ def request_of(
 
     Args:
         sparsity: of --sparsity.
+        read_share: of --read-share.
+        speedup: of --speedup.
         max_loss: of --max-loss.
         max_kl: of --max-kl.
+        engine: that decodes, for --read-share and --speedup.
         allocator: of --allocator; ``auto`` tries those that need nothing which is not given.
         rule: of --rule.
         head: of --head and --no-head.
@@ -78,22 +97,30 @@ def request_of(
         max_memory: of --max-memory.
 
     Raises:
-        ActTailError: not one of the first three, or something is not valid; names the option.
+        ActTailError: not one of the first five, or something is not valid; names the option.
     """
     from acttail.allocate import DEFAULT
+    from acttail.engine.config import EngineConfig
+    from acttail.engine.reads import check_read_share
+    from acttail.evaluate.forecast import check_speedup
     from acttail.evaluate.quality import check_limit
     from acttail.evaluate.request import FOR_QUALITY, PlanRequest
     from acttail.maths.budget import check_target
 
     limits = {"--max-loss": max_loss, "--max-kl": max_kl}
-    asked = [n for n, v in {"--sparsity": sparsity, **limits}.items() if v is not None]
+    budgets = {"--sparsity": sparsity, "--read-share": read_share, "--speedup": speedup}
+    asked = [n for n, v in (budgets | limits).items() if v is not None]
     if len(asked) != 1:
-        raise ActTailError(
-            f"give one of --sparsity, --max-loss and --max-kl, not {' and '.join(asked) or 'none'}"
-        )
+        raise ActTailError(f"give one of {_BUDGETS}, not {' and '.join(asked) or 'none'}")
     if sparsity is not None:
         with option("--sparsity"):
             check_target(sparsity)
+    if read_share is not None:
+        with option("--read-share"):
+            check_read_share(read_share)
+    if speedup is not None:
+        with option("--speedup"):
+            check_speedup(speedup)
     for name, limit in limits.items():
         if limit is not None:
             with option(name):
@@ -102,31 +129,36 @@ def request_of(
     loading = {"device_map": device_map, "max_memory": spread} if device_map or spread else {}
     if allocator == AUTO:
         return _auto(
-            sparsity,
+            budgets,
             {"--rule": rule, "--set": pairs, "--head": head, **limits},
             curves,
             text,
             tokens,
             dtype,
             loading,
+            engine or EngineConfig(),
         )
     if allocator is None:
         if sparsity == 0 and curves is None:
             allocator = "uniform"  # there is nothing to share out
         else:
-            allocator = DEFAULT if sparsity is not None and curves is None else FOR_QUALITY
+            by_quality = any(v is not None for v in limits.values()) or curves is not None
+            allocator = FOR_QUALITY if by_quality else DEFAULT
     check_head(allocator, head)
     arguments = given_curves({allocator: settings(pairs)}, curves)[allocator]
-    calibrated = sees_text(allocator, arguments, rule) or sparsity is None
+    calibrated = sees_text(allocator, arguments, rule) or any(
+        v is not None for v in limits.values()
+    )
     return PlanRequest(
         sparsity, max_loss, max_kl, allocator, arguments, rule, head,
-        calibration_text(text, needed=calibrated), tokens, dtype, loading,
+        calibration_text(text, needed=calibrated), tokens, dtype, loading, read_share=read_share,
+        speedup=speedup, engine=engine or EngineConfig(),
     )  # fmt: skip
 
 
 def _auto(
-    sparsity: float | None, others: dict[str, Any], curves: str | None, text: str | None, tokens: int, dtype: str,
-    loading: dict[str, Any],
+    budgets: dict[str, float | None], others: dict[str, Any], curves: str | None, text: str | None, tokens: int,
+    dtype: str, loading: dict[str, Any], engine: "EngineConfig",
 ) -> "PlanRequest":  # fmt: skip
     """Judge what is asked beside the choice of an allocator."""
     from acttail.evaluate.recommend import candidates
@@ -135,7 +167,7 @@ def _auto(
     for name, value in others.items():
         if value:
             raise ActTailError(f"{name} is about one allocator: name it with --allocator, not auto")
-    if sparsity == 0:
+    if budgets["--sparsity"] == 0:
         raise ActTailError(
             "--sparsity: at 0 every plan is the dense model; there is nothing to choose"
         )
@@ -144,8 +176,9 @@ def _auto(
     names = candidates(calibrated=text is not None)
     given_curves({name: {} for name in names}, curves or None)  # judged before a model is opened
     return PlanRequest(
-        sparsity, arguments={"curves": curves} if curves else {}, tokens=tokens, dtype=dtype, loading=loading,
-        text=calibration_text(text, needed=False), candidates=names,
+        budgets["--sparsity"], arguments={"curves": curves} if curves else {}, tokens=tokens, dtype=dtype, loading=loading,
+        text=calibration_text(text, needed=False), candidates=names, read_share=budgets["--read-share"],
+        speedup=budgets["--speedup"], engine=engine,
     )  # fmt: skip
 
 
@@ -160,7 +193,11 @@ def plan_or_request(plan: str | None, **asked: Any) -> "SparsityPlan | PlanReque
         ActTailError: both, or something that is not valid; names the option.
     """
     names = {"pairs": "--set", "text": "--calibration-text"}
-    given = {names.get(k, f"--{k.replace('_', '-')}"): v for k, v in asked.items() if k != "tokens"}
+    given = {
+        names.get(k, f"--{k.replace('_', '-')}"): v
+        for k, v in asked.items()
+        if k not in ("tokens", "engine")
+    }
     found = [name for name, value in given.items() if value is not None]
     if plan is not None:
         if found:
@@ -168,11 +205,21 @@ def plan_or_request(plan: str | None, **asked: Any) -> "SparsityPlan | PlanReque
         return plan_of(plan)
     if not found:
         return None
-    if not {"--sparsity", "--max-loss", "--max-kl"} & set(found):
-        raise ActTailError(
-            f"{found[0]} is about a plan: give --sparsity, --max-loss or --max-kl too"
-        )
+    if not {"--sparsity", "--read-share", "--speedup", "--max-loss", "--max-kl"} & set(found):
+        raise ActTailError(f"{found[0]} is about a plan: give one of {_BUDGETS} too")
     return request_of(**asked)
+
+
+def engine_of(dtype: str | None, threads: int | None = None) -> "EngineConfig":
+    """The engine whose bytes --read-share counts and whose time --speedup.
+
+    Raises:
+        ActTailError: none has these weights.
+    """
+    from acttail.engine.config import EngineConfig
+
+    # What transformers alone runs is as wide as bf16.
+    return EngineConfig("bf16" if dtype == "fp16" else dtype, threads=threads)
 
 
 def opened_plan(
@@ -193,12 +240,14 @@ def opened_plan(
     if not isinstance(asked, PlanRequest):
         return asked
     found = requested(model, asked, work, fresh=fresh)
-    _say(found, asked)
+    _say(found, asked, noted=not fresh)
     return found.plan
 
 
-def _say(found: "RequestedPlan", asked: "PlanRequest") -> None:
+def _say(found: "RequestedPlan", asked: "PlanRequest", *, noted: bool) -> None:
     quality = found.quality
+    for what, said in found.plan.notes.items() if noted else ():
+        note(f"sparsity {found.plan.sparsity:.4f}; {what}: {said}")
     if found.recommendation is not None:
         note(found.recommendation.reason)
     elif found.kept and asked.candidates:

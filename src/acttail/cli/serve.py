@@ -17,7 +17,10 @@ from acttail.cli.planning import (
     Allocator,
     MaxKl,
     MaxLoss,
+    ReadShare,
     Sparsity,
+    Speedup,
+    engine_of,
     opened_plan,
     plan_or_request,
 )
@@ -29,6 +32,8 @@ def serve(
     model: Model,
     plan: PlanFile = None,
     sparsity: Sparsity = None,
+    read_share: ReadShare = None,
+    speedup: Speedup = None,
     max_loss: MaxLoss = None,
     max_kl: MaxKl = None,
     allocator: Allocator = None,
@@ -144,8 +149,9 @@ def serve(
     kv_bytes = None if kv_memory is None else parsed_bytes(kv_memory, "--kv-memory")
     found = curves_of(curves)
     asked = plan_or_request(
-        plan, sparsity=sparsity, max_loss=max_loss, max_kl=max_kl, allocator=allocator, text=calibration_text,
-        curves=curves if plan is None and (sparsity, max_loss, max_kl) != (None, None, None) else None,
+        plan, sparsity=sparsity, read_share=read_share, speedup=speedup, max_loss=max_loss, max_kl=max_kl, allocator=allocator, text=calibration_text,
+        engine=engine_of(dtype, threads),
+        curves=curves if plan is None and (sparsity, read_share, speedup, max_loss, max_kl) != (None,) * 5 else None,
     )  # fmt: skip
     local = host in LOOPBACK or host.startswith("127.")
     # A name that is not listed could be another site's, pointed at this machine.

@@ -33,11 +33,11 @@ def tune(
         return
     from rich.table import Table
 
-    table = Table(title=f"time of sparse over dense, {dtype}")
+    table = Table(title=f"time of sparse over dense by density, {dtype}")
     table.add_column("inputs x outputs")
     densities = list(found[0].ratios)
     for d in densities:
-        table.add_column(f"density {d:g}", justify="right")
+        table.add_column(f"{d:g}", justify="right")
     table.add_column("dense above", justify="right")
     for c in found:
         table.add_row(

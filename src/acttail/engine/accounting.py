@@ -14,7 +14,7 @@ Bytes
     apart: keys and values of every position, with their scales.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,13 +124,38 @@ def packed_bytes(
     head = layout.head_shape.bytes
     whole = 0 if HEAD_MATRIX in layout.segments else head
     dense -= head - whole
+    other = other_bytes(layout, {n: t.nbytes for n, t in packed.tensors.items()})
+    return TokenBytes(dense + head + other, round(sparse + whole + other), dense, head, other)
+
+
+def other_bytes(layout: Layout, sizes: Mapping[str, int]) -> int:
+    """Bytes that a token reads beside the matrices: norms, biases and its own row of the embedding.
+
+    Args:
+        layout: of the packed model.
+        sizes: bytes of each of its tensors.
+    """
     held = {
         f"{name}.{suffix}" for name, shape in layout.shapes.items() for suffix in shape.tensors()
     }
-    other = sum(t.numel() * t.element_size() for n, t in packed.tensors.items() if n not in held)
     embedding = layout.shapes["embedding"]
-    other += embedding.bytes // embedding.rows
-    return TokenBytes(dense + head + other, round(sparse + whole + other), dense, head, other)
+    small = sum(size for name, size in sizes.items() if name not in held)
+    return small + embedding.bytes // embedding.rows
+
+
+def projection_bytes(layout: Layout) -> dict[str, tuple[float, float]]:
+    """Projection -> bytes of its rows, of which a plan reads a share, and of its scales, which are read whole.
+
+    Projections side by side share their matrix's bytes as they do its outputs, the padding included.
+    """
+    found = {}
+    for name, segments in layout.segments.items():
+        shape = layout.shapes[name]
+        outputs = sum(s.d_out for s in segments)
+        for s in segments:
+            part = s.d_out / outputs
+            found[s.name] = part * shape.rows * shape.row_bytes, part * shape.scale_bytes
+    return found
 
 
 def kv_bytes(spec: DecoderSpec, kv: KvFormat, context: int) -> int:

@@ -118,6 +118,12 @@ class Conversion:
             form, group = self._own_format(head)
         return self._laid_out([head], form, group)
 
+    def head_by_inputs(self) -> Shape:
+        """The output head's matrix under a plan that drops some of its input."""
+        if HEAD_MATRIX in self.layout.segments:
+            return self.layout.shapes[HEAD_MATRIX]
+        return self._head_by_inputs(weight_format(self.layout.head_dtype))[0]
+
     def _laid_out(
         self, members: list[Projection], form: Format, group: int | None
     ) -> tuple[Shape, tuple[Segment, ...]]:

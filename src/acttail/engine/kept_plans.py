@@ -20,7 +20,7 @@ from acttail.plan import SparsityPlan
 
 # A plan is some hundred kilobytes; what was used longest ago goes.
 _MOST = 256
-_ROOMS = ("allocate", "calibrate", "evaluate", "maths", "model", "sparse", "spectrum")
+_ROOMS = ("allocate", "calibrate", "engine", "evaluate", "maths", "model", "sparse", "spectrum")
 
 
 def place_of(model: Opened, request: str) -> Path | None:

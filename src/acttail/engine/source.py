@@ -1,6 +1,7 @@
 """Open a model on disk for the engine: its description, weights and tokenizer, no whole model in memory."""
 
 import copy
+import math
 import os
 import shutil
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from acttail.base.folders import replacing_folder
+from acttail.engine.accounting import other_bytes
 from acttail.engine.config import EngineConfig
 from acttail.engine.convert import Conversion, convert_to_folder
 from acttail.engine.describe import describe, with_own_head
@@ -17,6 +19,7 @@ from acttail.engine.layout import Layout
 from acttail.engine.light_tokenizer import FILE as LIGHT
 from acttail.engine.light_tokenizer import light_from_header, read_light
 from acttail.engine.packed_weights import SKETCHES, PackedWeights, sketches_of, write_sketches
+from acttail.engine.shapes import Shape
 from acttail.engine.spec import DecoderSpec, check_rule
 from acttail.engine.store import read_description, read_folder, write_packed
 from acttail.engine.text import eos_of, turn_ends
@@ -207,6 +210,44 @@ def layout_for(model: str | os.PathLike[str] | Opened, config: EngineConfig) -> 
         return layout
     opened = open_for_engine(found, own_blocks=config.own_blocks)
     return Conversion(opened.spec, opened.weights, config).layout
+
+
+@dataclass(frozen=True)
+class Outlay:
+    """How large everything of a model is or would be, packed; nothing is.
+
+    Attributes:
+        layout: of the dense model.
+        other: bytes that a token reads beside the matrices.
+        head: name of the output head.
+        head_by_inputs: its matrix where a plan drops some of its input.
+    """
+
+    layout: Layout
+    other: int
+    head: str
+    head_by_inputs: Shape
+
+
+def outlay_of(model: str | os.PathLike[str] | Opened, config: EngineConfig) -> Outlay:
+    """How large everything of a model is or would be, packed; arguments and errors as for :func:`layout_for`."""
+    found = open_model(model)
+    layout = layout_for(found, config)
+    if isinstance(found.source, PackedSource):
+        sizes = {n: t.nbytes for n, t in read_folder(found.source.path).tensors.items()}
+        head = PackedWeights(found.source.name, found.source.path).head
+        # Packed weights stay as they lie: one that is read by outputs has no rows to drop but in another folder.
+        by_inputs = replace(layout.head_shape, output_major=False)
+    else:
+        opened = open_for_engine(found, own_blocks=config.own_blocks)
+        head = opened.weights.head
+        conversion = Conversion(opened.spec, opened.weights, config)
+        sizes = {
+            n: kind.itemsize * math.prod(shape) for n, (kind, shape) in conversion.sizes().items()
+        }
+        by_inputs = conversion.head_by_inputs()
+    assert head is not None  # noqa: S101  (the engine runs no model without one)
+    return Outlay(layout, other_bytes(layout, sizes), head.name, by_inputs)
 
 
 def folder_tokenizer(folder: Path) -> tuple[Any, frozenset[int]]:

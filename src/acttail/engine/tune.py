@@ -1,6 +1,6 @@
 """Choice by measurement: from which density on the dense kernel is faster, on this machine.
 
-A table of one number per matrix shape, dtype and number of threads, measured once and kept in the cache.
+A table of the times of each matrix shape and dtype, measured once on one thread and kept in the cache.
 The dense kernel reads every row of a masked vector; it gives the same result and needs no list of rows.
 """
 
@@ -32,7 +32,7 @@ from acttail.sparse.backends import cpu
 from acttail.sparse.backends.abi import Matrix
 
 VERSION = 1
-_DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+_DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2, 0.1)
 # Sparse must be this much slower before the dense kernel is taken: below it is noise.
 _MARGIN = 1.02
 # Copies of a matrix are spread over more memory than the caches hold.
@@ -48,11 +48,13 @@ class Crossover:
         shape: of the matrix.
         density: the dense kernel is faster above it; 1 if it never is.
         ratios: density -> time of sparse over dense, medians.
+        seconds: of the dense kernel over one matrix, median.
     """
 
     shape: Shape
     density: float
     ratios: dict[float, float]
+    seconds: float
 
 
 def machine() -> str:
@@ -136,16 +138,18 @@ def measure(shape: Shape) -> Crossover:
 
     full = torch.randn(shape.rows, generator=generator)
     ratios, crossover = {}, 1.0
+    dense: list[float] = []
     run(None, full)
     for density in _DENSITIES:
         count = max(1, round(density * shape.rows))
         kept = torch.randperm(shape.rows, generator=generator)[:count].sort().values
         index, x = kept.to(torch.int32), full[kept].contiguous()
-        found = [run(index, x) / run(None, full) for _ in range(_ROUNDS)]
-        ratios[density] = statistics.median(found)
+        pairs = [(run(index, x), run(None, full)) for _ in range(_ROUNDS)]
+        dense += [whole for _, whole in pairs]
+        ratios[density] = statistics.median(part / whole for part, whole in pairs)
         if ratios[density] > _MARGIN and density < 1:
             crossover = density
-    return Crossover(shape, crossover, ratios)
+    return Crossover(shape, crossover, ratios, statistics.median(dense) / len(structs))
 
 
 def tune(shapes: Iterable[Shape], progress: Progress | None = None) -> list[Crossover]:
@@ -167,11 +171,35 @@ def tune(shapes: Iterable[Shape], progress: Progress | None = None) -> list[Cros
     found = _entries()
     for c in done:
         ratios = {str(d): round(r, 4) for d, r in c.ratios.items()}
-        found[_key(c.shape)] = {"density": c.density, "sparse_over_dense": ratios}
+        found[_key(c.shape)] = {
+            "density": c.density, "sparse_over_dense": ratios, "dense_seconds": c.seconds,
+        }  # fmt: skip
     with suppress(OSError, ActTailError):
         _file().parent.mkdir(parents=True, exist_ok=True)
         write_json(_file(), found)
     return done
+
+
+def measured(shapes: Iterable[Shape], progress: Progress | None = None) -> list[Crossover]:
+    """What the table says of each shape; what it lacks is measured now, about a second each, and kept.
+
+    Args:
+        shapes: input-major matrices.
+        progress: called with (shapes done, shapes to measure).
+
+    Raises:
+        ActTailError: no native library.
+    """
+    wanted = list(shapes)
+    entries = _entries()
+    lacking = [s for s in wanted if "dense_seconds" not in entries.get(_key(s), {})]
+    new = {_key(c.shape): c for c in tune(lacking, progress)}
+    return [new.get(_key(s)) or _crossover(s, entries[_key(s)]) for s in wanted]
+
+
+def _crossover(shape: Shape, entry: dict[str, Any]) -> Crossover:
+    ratios = {float(d): float(r) for d, r in entry["sparse_over_dense"].items()}
+    return Crossover(shape, float(entry["density"]), ratios, float(entry["dense_seconds"]))
 
 
 def dense_kernels(layout: Layout, plan: SparsityPlan | None) -> frozenset[str]:

@@ -12,6 +12,7 @@ from acttail.base.progress import Progress
 from acttail.engine import Engine, NativeEngine
 from acttail.engine.config import EngineConfig
 from acttail.errors import ActTailError
+from acttail.evaluate.forecast import forecast_of
 from acttail.evaluate.request import PlanRequest, requested
 from acttail.evaluate.speed import (
     Contestant,
@@ -169,7 +170,7 @@ def _row(
     return {
         "model": engine.source, "engine": engine.name, "dtype": short_name(engine.dtype), "threads": threads,
         "sparsity": plan.sparsity, "realised_sparsity": plan.realised_sparsity, "allocator": plan.allocator,
-        "rule": plan.rule, "prompt_tokens": prompts[0], "new_tokens": new_tokens, "rounds": rounds,
+        "rule": plan.rule, "forecast": forecast_of(plan), "prompt_tokens": prompts[0], "new_tokens": new_tokens, "rounds": rounds,
         "tokens_per_second": per_second,
         "prefill_tokens_per_second": {n: first.median(n, prefill=True) for n in first.prefill},
         "ratios": {n: vars(first.ratio("sparse", n)) for n in others},

@@ -10,6 +10,7 @@ from typing import Any
 
 from acttail.allocate import DEFAULT, AllocationContext, make_plan, needs_text
 from acttail.allocate.context import calibration_of
+from acttail.allocate.goal import Goal
 from acttail.base.progress import Progress
 from acttail.errors import BudgetError
 from acttail.evaluate.dense_logits import DenseLogits
@@ -79,7 +80,7 @@ def candidates(*, calibrated: bool) -> tuple[str, ...]:
 
 
 def recommend(
-    context: AllocationContext, sparsity: float, allocators: Sequence[str], *,
+    context: AllocationContext, sparsity: float | Goal, allocators: Sequence[str], *,
     arguments: Mapping[str, Mapping[str, Any]] | None = None, tokens: int = HELD_OUT_TOKENS,
     progress: Progress | None = None,
 ) -> Recommendation:  # fmt: skip
@@ -88,7 +89,7 @@ def recommend(
     Args:
         context: with a calibration, whose text after its own tokens is scored; where no allocator is calibrated,
             all of it.
-        sparsity: of the model, above 0 and to 0.99.
+        sparsity: of the model, above 0 and to 0.99; or what a token may cost.
         allocators: their names, at least one.
         arguments: of each, where they are not its own.
         tokens: to score at most.
@@ -98,8 +99,7 @@ def recommend(
         BudgetError: the sparsity is out of range or 0, where all plans are the same.
         TextError: no text, or too little.
     """
-    check_target(sparsity)
-    if sparsity == 0:
+    if not isinstance(sparsity, Goal) and check_target(sparsity) == 0:
         raise BudgetError("at sparsity 0 every plan is the dense model: there is nothing to choose")
     calibration = calibration_of(context)
     model, tokenizer = calibration.model, calibration.tokenizer

@@ -1,6 +1,6 @@
 """A plan on request: what was asked for instead of a plan file, and the one way it becomes a plan.
 
-Every command that takes ``--sparsity``, ``--max-kl`` or ``--max-loss`` opens its plan here. What was made for a model
+Every command that takes ``--sparsity``, ``--read-share``, ``--speedup``, ``--max-kl`` or ``--max-loss`` opens its plan here. What was made for a model
 on disk is kept, so that the next start neither solves nor calibrates again.
 """
 
@@ -12,14 +12,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from acttail.allocate import DEFAULT, AllocationContext, check_head, make_plan, needs_text
+from acttail.allocate import (
+    DEFAULT,
+    AllocationContext,
+    budgeted,
+    check_head,
+    make_plan,
+    needs_text,
+)
+from acttail.allocate.goal import Goal
 from acttail.base.dtypes import FAST
 from acttail.base.progress import Progress
 from acttail.calibrate.calibration import Calibration
 from acttail.calibrate.selftext import sample_text
 from acttail.calibrate.text import Text
 from acttail.engine import kept_plans
+from acttail.engine.config import EngineConfig
+from acttail.engine.reads import check_read_share, read_goal
+from acttail.engine.tune import machine
 from acttail.errors import ActTailError
+from acttail.evaluate.forecast import check_speedup, speed_goal
 from acttail.evaluate.quality import (
     HELD_OUT_TOKENS,
     Limit,
@@ -53,10 +65,12 @@ def silent(what: str) -> AbstractContextManager[Progress | None]:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is to be; one of `sparsity`, `max_loss` and `max_kl` says how sparse.
+    """What a plan is to be; one of `sparsity`, `read_share`, `speedup`, `max_loss` and `max_kl` says how sparse.
 
     Attributes:
         sparsity: model sparsity in [0, 0.99].
+        read_share: share of the dense model's bytes that a decoded token reads, above 0 and at most 1.
+        speedup: over dense decoding on this machine, as forecast; at least 1.
         max_loss: most that the loss may rise on held-out text, nats per token.
         max_kl: most KL divergence from the dense model there, nats per token.
         allocator: name of the rule; by default ``acttail``, and ``sensitivity`` under a limit.
@@ -67,11 +81,12 @@ class PlanRequest:
         tokens: of the text that are used.
         dtype: of the model that calibrates.
         loading: further arguments of :meth:`acttail.model.opened.Opened.load`, such as a device map.
+        engine: that decodes under the plan, whose bytes `read_share` counts and whose time `speedup`.
         candidates: allocators to try on held-out text, the best of which makes the plan (`allocator` stays None);
             of :func:`acttail.evaluate.recommend.candidates`.
 
     Raises:
-        ActTailError: not one of the three, or an unknown allocator, argument or rule.
+        ActTailError: not one of the five, or an unknown allocator, argument or rule.
         BudgetError: a number out of range.
     """
 
@@ -87,20 +102,30 @@ class PlanRequest:
     dtype: str = FAST
     loading: Mapping[str, Any] = field(default_factory=dict)
     candidates: tuple[str, ...] = ()
+    read_share: float | None = None
+    speedup: float | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.sparsity, self.max_loss, self.max_kl) if v is not None]
+        budgets = (self.sparsity, self.read_share, self.speedup, self.max_loss, self.max_kl)
+        given = [v for v in budgets if v is not None]
         if len(given) != 1:
-            raise ActTailError("a plan is asked for by one of sparsity, max_loss and max_kl")
+            raise ActTailError(
+                "a plan is asked for by one of sparsity, read_share, speedup, max_loss and max_kl"
+            )
         if self.sparsity is not None:
             check_target(self.sparsity)
+        elif self.read_share is not None:
+            check_read_share(self.read_share)
+        elif self.speedup is not None:
+            check_speedup(self.speedup)
         else:
             check_limit(given[0])
         if self.candidates:
             self._check_candidates()
             return
         if self.allocator is None:
-            chosen = DEFAULT if self.sparsity is not None else FOR_QUALITY
+            chosen = DEFAULT if self.limit is None else FOR_QUALITY
             object.__setattr__(self, "allocator", chosen)
         check_head(self.name, self.head)
         needs_text(self.name, self.arguments, self.rule)
@@ -157,6 +182,10 @@ class PlanRequest:
             "head": self.head, "arguments": {k: str(v) for k, v in self.arguments.items() if k != "curves"},
             "curves": hashlib.sha256(Path(curves).read_bytes()).hexdigest() if self._curves_there else None,
         }  # fmt: skip
+        if self.read_share is not None:
+            asked |= {"read share": self.read_share, "engine": repr(self.engine)}
+        if self.speedup is not None:
+            asked |= {"speedup": self.speedup, "engine": repr(self.engine), "machine": machine()}
         if self.calibrated:
             content = None if self.text is None else self.text.content
             asked |= {
@@ -215,16 +244,18 @@ def make(model: Opened, request: PlanRequest, stages: Stages = silent) -> Reques
     named: dict[str, Any] = {
         "allocator": request.name, "arguments": request.arguments, "rule": request.rule, "head": request.head,
     }  # fmt: skip
+    goal = _goal(model, request, stages)
     if not request.calibrated:
-        assert request.sparsity is not None  # noqa: S101
+        assert goal is not None  # noqa: S101
         with stages("planning") as progress:
-            return RequestedPlan(make_plan(model, request.sparsity, progress=progress, **named))
+            return RequestedPlan(make_plan(model, goal, progress=progress, **named))
     with stages(f"loading {model.name}") as progress:
         lm, tokenizer = model.load(dtype=request.dtype, progress=progress, **request.loading)
     if sparse_state(lm) is not None:
         densify_(lm)  # what is measured is the model, not a plan that it carries
     if request.candidates:
-        return _chosen(lm, tokenizer, request, stages)
+        assert goal is not None  # noqa: S101
+        return _chosen(lm, tokenizer, goal, request, stages)
     with stages("calibrating") as progress:
         text = request.text
         if text is None:
@@ -233,16 +264,38 @@ def make(model: Opened, request: PlanRequest, stages: Stages = silent) -> Reques
         calibration = Calibration(lm, tokenizer, text, tokens=request.tokens, progress=progress)
         context = AllocationContext(LoadedWeights(lm), progress=progress, calibration=calibration)
         if request.limit is None:
-            assert request.sparsity is not None  # noqa: S101
-            return RequestedPlan(make_plan(None, request.sparsity, context=context, **named))
+            assert goal is not None  # noqa: S101
+            return RequestedPlan(make_plan(None, goal, context=context, **named))
         metric, limit = request.limit
         quality = plan_for_quality(context, limit, metric=metric, **named)
     return RequestedPlan(quality.plan, quality)
 
 
-def _chosen(lm: Any, tokenizer: Any, request: PlanRequest, stages: Stages) -> RequestedPlan:
+def _goal(model: Opened, request: PlanRequest, stages: Stages) -> float | Goal | None:
+    """How sparse the plan is to be; None where a limit says it."""
+    if request.read_share is not None:
+        return read_goal(model, request.engine, request.read_share)
+    if request.speedup is not None:
+        with stages("timing the engine") as progress:
+            return speed_goal(
+                model, request.engine, request.speedup, head=_takes_head(model, request), progress=progress
+            )  # fmt: skip
+    return request.sparsity
+
+
+def _takes_head(model: Opened, request: PlanRequest) -> bool:
+    """Whether the output head will be in the budget; what is tried by trying leaves it dense."""
+    if request.candidates:
+        return False
+    context = AllocationContext(model.weights)
+    asked = budgeted(context, request.name, request.head, request.arguments)
+    return asked is not context
+
+
+def _chosen(
+    lm: Any, tokenizer: Any, goal: float | Goal, request: PlanRequest, stages: Stages
+) -> RequestedPlan:
     """The plan of the candidate that costs least on text that none was calibrated on."""
-    assert request.sparsity is not None  # noqa: S101
     calibrated = any(needs_text(name) for name in request.candidates)
     text, size = request.text, {"tokens": request.tokens}
     if not calibrated:
@@ -255,7 +308,5 @@ def _chosen(lm: Any, tokenizer: Any, request: PlanRequest, stages: Stages) -> Re
     with stages("trying allocators") as progress:
         calibration = Calibration(lm, tokenizer, text, progress=progress, **size)
         context = AllocationContext(LoadedWeights(lm), progress=progress, calibration=calibration)
-        found = recommend(
-            context, request.sparsity, request.candidates, arguments=curves, progress=progress
-        )
+        found = recommend(context, goal, request.candidates, arguments=curves, progress=progress)
     return RequestedPlan(found.best.plan, recommendation=found)
