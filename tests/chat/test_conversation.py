@@ -101,6 +101,25 @@ def test_a_conversation_that_outgrows_its_cache(engine):
     assert say(one, "e")
 
 
+def test_a_lossless_conversation_is_the_dense_one_at_any_sparsity(engine):
+    dense, one = (
+        talk(engine, max_new_tokens=40),
+        talk(engine, max_new_tokens=40, speaker=Engine.lossless),
+    )
+    for sparsity, text in ((None, "The fox"), (0.3, "jumps"), (0.6, "over"), (0, "the dog")):
+        if sparsity is not None:
+            one.at(sparsity)
+        assert say(one, text) == say(dense, text)
+        drafts = one.turns[-1].drafts
+        assert drafts.rounds + drafts.plain + drafts.accepted == one.turns[-1].tokens - 1
+        assert "tokens plain" in run(one, "/stats")
+    assert [turn.sparsity for turn in one.turns] == [0, 0.3, 0.6, 0]
+    # What a round leaves is a dense cache, which the next answer goes on from.
+    say(one, "and")
+    assert one.turns[-1].held > 40
+    assert dense.turns[-1].drafts is None
+
+
 def test_sparsity_changes_between_turns(engine, folder):
     one = talk(engine)
     say(one, "The fox")

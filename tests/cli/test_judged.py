@@ -31,7 +31,7 @@ SCORED = (
 CALIBRATED = (("--calibration-text", ABSENT, ABSENT), ("--calibration-tokens", "0", "calibration-tokens"), ("--curves", JUNK, JUNK))  # fmt: skip
 RUN = (
     DTYPE, ("--plan", ABSENT, ABSENT), ("--plan", JUNK, JUNK), ("--engine", "gpu", "gpu"),
-    ("--threads", "0", "--threads"), ("--prefill", "some", "some"),
+    ("--threads", "0", "--threads"), ("--prefill", "some", "some"), ("--drafts", "plan", "--lossless"),
 )  # fmt: skip
 # A plan that the command is to make itself.
 REQUEST = (
@@ -84,7 +84,7 @@ BAD = {
     "tune": (DTYPE, ("--group", "7", "7")),
     "save": (("--plan", ABSENT, ABSENT), ("--plan", JUNK, JUNK), ("-o", f"{JUNK}/out", JUNK)),
     "serve": (
-        *RUN, *REQUEST, ("--port", "70000", "--port"), ("--slots", "0", "--slots"),
+        *(case for case in RUN if case[0] != "--drafts"), *REQUEST, ("--port", "70000", "--port"), ("--slots", "0", "--slots"),
         ("--queue", "-1", "--queue"), ("--per-client", "0", "--per-client"), ("--wait", "-1", "wait"),
         ("--time-limit", "0", "time-limit"), ("--max-tokens", "0", "--max-tokens"), ("--max-body", "0", "--max-body"),
     ),

@@ -78,7 +78,7 @@ def _sparsity(conversation: Conversation, rest: str) -> str:
         if not 0 <= value <= 0.99:
             raise ActTailError(f"/sparsity takes a number from 0 to 0.99, got {rest!r}")
         conversation.at(value)
-    plan = conversation.engine.plan
+    plan = conversation.plan
     if plan is None or conversation.sparsity == 0:
         return "dense: every weight is read"
     return f"sparsity {conversation.sparsity:g}, a plan of {plan.allocator}"
@@ -90,6 +90,8 @@ def _stats(conversation: Conversation, rest: str) -> str:
     if turns:
         last = turns[-1]
         rows.append(("last answer", f"{last.tokens} tokens, {_speed([last])}{_read(last)}"))
+        if last.drafts is not None:
+            rows.append(("its drafts", str(last.drafts)))
         rows.append(
             ("its prompt", f"{last.prompt_tokens} tokens, {last.prompt_tokens - last.held} of them new, "
              f"{last.prefill_seconds:.2f} s")

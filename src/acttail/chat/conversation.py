@@ -1,6 +1,6 @@
 """A conversation with a model: what was said, and the KV cache it left. Knows no terminal."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from acttail.engine.generation import Finish, Generation
 from acttail.engine.protocol import Sequence as EngineSequence
 from acttail.engine.protocol import common_length
 from acttail.engine.sampling import Sampling
+from acttail.engine.speculation import Drafts
 from acttail.engine.variants import Variants
 from acttail.errors import ActTailError
 
@@ -33,6 +34,7 @@ class Turn:
         decode_seconds: from there to its end.
         read_share: mean share of the projections' weights that a decoded token read, NaN if none was.
         finish: why it ended.
+        drafts: what became of its drafts, None if it was not speculative.
     """
 
     sparsity: float
@@ -43,6 +45,7 @@ class Turn:
     decode_seconds: float
     read_share: float
     finish: Finish
+    drafts: Drafts | None = None
 
     @property
     def decoded(self) -> int:
@@ -70,9 +73,11 @@ class Conversation:
         curves: sensitivity curves of the model, to change the sparsity by.
         sampling: how answers are drawn; a seed is counted up from turn to turn.
         max_new_tokens: tokens of an answer at most.
+        speaker: makes the engine that answers of one at the sparsity asked for; by default that is the one.
 
     Attributes:
         engine: that gives the next answer.
+        plan: at whose sparsity it is given, or drafted; None for dense.
         messages: with ``role`` and ``content``, the system message first if there is one.
         turns: of the answers given here.
 
@@ -83,6 +88,7 @@ class Conversation:
     def __init__(
         self, engine: Engine, *, curves: SensitivityCurves | None = None,
         sampling: Sampling | None = None, max_new_tokens: int = 2048,
+        speaker: Callable[[Engine], Engine] | None = None,
     ) -> None:  # fmt: skip
         if not getattr(engine.tokenizer, "chat_template", None):
             raise ActTailError(
@@ -91,7 +97,8 @@ class Conversation:
             )
         self._variants = Variants(engine, curves, uniform=True)
         self._sampling, self._limit = sampling or Sampling(), max_new_tokens
-        self.engine = engine
+        self._speaker = speaker or (lambda engine: engine)
+        self.engine, self.plan = self._speaker(engine), engine.plan
         self.messages: list[Message] = []
         self.turns: list[Turn] = []
         self._cache: _Cache | None = None
@@ -101,7 +108,7 @@ class Conversation:
     @property
     def sparsity(self) -> float:
         """Model sparsity of the next answer."""
-        return 0.0 if self.engine.plan is None else float(self.engine.plan.sparsity)
+        return 0.0 if self.plan is None else float(self.plan.sparsity)
 
     @property
     def fixed(self) -> str | None:
@@ -114,7 +121,8 @@ class Conversation:
         Raises:
             ActTailError: the sparsity cannot be changed, or is out of reach.
         """
-        self.engine = self._variants.at(sparsity)
+        engine = self._variants.at(sparsity)
+        self.engine, self.plan = self._speaker(engine), engine.plan
 
     @property
     def system(self) -> str | None:
@@ -206,6 +214,7 @@ class Conversation:
                     Turn(
                         self.sparsity, len(ids), held, len(generation.tokens), generation.prefill_seconds,
                         generation.decode_seconds, share, generation.finish if whole else "cancelled",
+                        generation.drafts,
                     )
                 )  # fmt: skip
             # An interrupted pass leaves a cache of which nobody knows what it holds.

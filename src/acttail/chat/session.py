@@ -57,6 +57,9 @@ class Session:
         """Model, sparsity and speed, in one line of the terminal."""
         talk, engine = self.conversation, self.conversation.engine
         parts = [engine.dtype, f"sparsity {talk.sparsity:g}" if talk.sparsity else "dense"]
+        drafts = talk.turns[-1].drafts if talk.turns else None
+        if drafts is not None and drafts.acceptance is not None:
+            parts.append(f"lossless, {drafts.acceptance:.0%} kept")
         if talk.turns:
             last = talk.turns[-1]
             speed = tokens_per_second([last])

@@ -7,6 +7,7 @@ import typer
 from acttail.cli.console import note, out, print_json, say
 from acttail.cli.dtypes import AnyDtype
 from acttail.cli.judge import check_outputs, names, option
+from acttail.cli.lossless import Drafts, Lossless, drafters_of
 from acttail.cli.options import CalibrationText, Curves, Json, Model, ResultFile
 from acttail.cli.planning import (
     MaxKl,
@@ -68,6 +69,8 @@ def bench(
             help="cuda (ROCm too): there, through transformers; the native engine without."
         ),
     ] = None,
+    lossless: Lossless = False,
+    drafts: Drafts = None,
     output: ResultFile = None,
     plot: Annotated[str | None, typer.Option(help="Draw the result here (.svg or .png).")] = None,
     json: Json = False,
@@ -81,6 +84,10 @@ def bench(
     if unknown:
         raise ActTailError(f"--against takes {' and '.join(_AGAINST)}, not {unknown[0]!r}")
     prompts = _whole_numbers(prompt_tokens)
+    # What follows a random prompt repeats itself, which n-grams would be praised for.
+    drafters = drafters_of(lossless, drafts, default="plan")
+    if device is not None and lossless:
+        raise ActTailError("--lossless is the native engine's: leave out --device")
     if device is not None and (others or gguf or threads or plot or len(prompts) != 1):
         raise ActTailError(
             "--device takes one --prompt-tokens and none of --against, --peer-file, --threads, --plot"
@@ -114,7 +121,7 @@ def bench(
         else:
             row = run_bench(
                 opened, plan=loaded, dtype=dtype, threads=threads, prompt_tokens=prompts,
-                new_tokens=new_tokens, rounds=rounds, against=others, gguf=gguf, progress=progress,
+                new_tokens=new_tokens, rounds=rounds, against=others, gguf=gguf, lossless=drafters, progress=progress,
             )  # fmt: skip
     if output:
         from acttail.base.files import finite, write_json
@@ -197,6 +204,11 @@ def _print(row: dict[str, Any]) -> None:
         say(
             f"forecast of the plan: {row['forecast']:.2f}x dense; measured {dense['median']:.2f}x, so the forecast is "
             f"{abs(off):.1%} {'above' if off > 0 else 'below'}"
+        )
+    if "drafts" in row:
+        ratio = row["lossless_ratio"]
+        say(
+            f"lossless: {ratio['median']:.2f}x dense ({ratio['low']:.2f}-{ratio['high']:.2f}); {row['drafts']['said']}"
         )
     for entry in row["contexts"][1:]:
         speeds = ", ".join(f"{n} {v:,.1f}" for n, v in entry["tokens_per_second"].items())

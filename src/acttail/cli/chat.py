@@ -8,6 +8,7 @@ import typer
 from acttail.cli.dtypes import AnyDtype
 from acttail.cli.engines import EngineName, Threads, check_engine, open_engine
 from acttail.cli.judge import check_of_use, curves_of, option, policy_of, sampling_of
+from acttail.cli.lossless import Drafts, Lossless, drafters_of, made_lossless
 from acttail.cli.options import CalibrationText, Model, PlanFile, Prefill, TrustRemoteCode
 from acttail.cli.planning import (
     Allocator,
@@ -66,6 +67,8 @@ def chat(
     dtype: AnyDtype = None,
     threads: Threads = None,
     prefill: Prefill = None,
+    lossless: Lossless = False,
+    drafts: Drafts = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model in the terminal; /help there lists the commands. Piped input is answered at once."""
@@ -79,6 +82,7 @@ def chat(
         with option("--sparsity"):
             check_target(sparsity)
     policy = policy_of(prefill)
+    drafters = drafters_of(lossless, drafts, engine=engine, prefill=prefill)
     sampling = sampling_of(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
@@ -104,7 +108,10 @@ def chat(
         opened, opened_plan(opened, asked), engine=engine, dtype=dtype, prefill=policy, threads=threads,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    talk = Conversation(runner, curves=found, sampling=sampling, max_new_tokens=max_new_tokens)
+    talk = Conversation(
+        runner, curves=found, sampling=sampling, max_new_tokens=max_new_tokens,
+        speaker=lambda engine: made_lossless(engine, drafters),
+    )  # fmt: skip
     check_of_use(found, talk.fixed)
     talk.resume(messages)
     if system is not None:

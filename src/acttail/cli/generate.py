@@ -1,7 +1,7 @@
 """`acttail generate`: continue a prompt, dense or under a plan."""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,7 @@ from acttail.cli.console import note, print_json
 from acttail.cli.dtypes import AnyDtype
 from acttail.cli.engines import EngineName, Threads, check_engine, open_engine
 from acttail.cli.judge import policy_of, sampling_of
+from acttail.cli.lossless import Drafts, Lossless, drafters_of, how_it_runs, made_lossless
 from acttail.cli.options import (
     CalibrationText,
     Curves,
@@ -30,6 +31,9 @@ from acttail.cli.planning import (
     plan_or_request,
 )
 from acttail.errors import ActTailError
+
+if TYPE_CHECKING:
+    from acttail.engine import Generation
 
 
 def generate(
@@ -64,6 +68,8 @@ def generate(
     dtype: AnyDtype = None,
     threads: Threads = None,
     prefill: Prefill = None,
+    lossless: Lossless = False,
+    drafts: Drafts = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
@@ -75,6 +81,7 @@ def generate(
     if not prompt:
         raise ActTailError("the prompt is empty")
     policy = policy_of(prefill)
+    drafters = drafters_of(lossless, drafts, engine=engine, prefill=prefill)
     check_engine(engine, dtype, trust_remote_code=trust_remote_code)
     if "" in (stop or ()):
         raise ActTailError("--stop takes a string that is not empty")
@@ -92,7 +99,8 @@ def generate(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     result = Generation()
-    pieces = runner.stream(
+    speaker = made_lossless(runner, drafters)
+    pieces = speaker.stream(
         prompt, result, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or (), chat=chat
     )
     if json:
@@ -113,13 +121,25 @@ def generate(
             "prefill_seconds": round(result.prefill_seconds, 3),
             "tokens_per_second": round(result.tokens_per_second, 2),
             "dtype": runner.dtype,
+            **_drafts(result),
         })  # fmt: skip
         return
     with PlainScreen(sys.stdout) as screen:
         for piece in pieces:
             screen.write(piece.text)
-    how = f"sparsity {runner.plan.sparsity:g}" if runner.plan else "dense"
     note(
         f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s after a prefill of "
-        f"{result.prefill_seconds:.2f} s, {runner.name} engine, {runner.dtype}, {how}"
+        f"{result.prefill_seconds:.2f} s, {runner.name} engine, {runner.dtype}, {how_it_runs(runner, speaker)}"
     )
+    if result.drafts is not None:
+        note(str(result.drafts))
+
+
+def _drafts(result: "Generation") -> dict[str, Any]:
+    """What --json adds of a lossless generation: ``sparsity`` and ``allocator`` are then those of the drafts."""
+    from dataclasses import asdict
+
+    if result.drafts is None:
+        return {"lossless": False}
+    found = asdict(result.drafts) | {"acceptance": result.drafts.acceptance}
+    return {"lossless": True, "drafts": found}

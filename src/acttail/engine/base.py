@@ -30,6 +30,7 @@ class Engine(TokenEngine):
     # knows none of them.
     _open_model: ClassVar[Callable[..., "Engine"]]
     _open_pretrained: ClassVar[Callable[..., "Engine"]]
+    _make_lossless: ClassVar[Callable[..., "Engine"]]
 
     @staticmethod
     def from_model(
@@ -126,7 +127,7 @@ class Engine(TokenEngine):
         self, prompt: str | torch.Tensor, result: Generation | None = None, *, max_new_tokens: int = 128,
         sampling: Sampling | None = None, stop: Sequence[str] = (), chat: bool = False,
         logprobs: int | None = None, cancelled: Callable[[], bool] | None = None,
-        sequence: EngineSequence | None = None, held: int = 0,
+        sequence: EngineSequence | None = None, held: int = 0, lossless: bool = False,
     ) -> Iterator[Piece]:  # fmt: skip
         """Generate piece by piece; closing the iterator stops at once.
 
@@ -141,23 +142,57 @@ class Engine(TokenEngine):
             cancelled: asked before every token.
             sequence: go on from this one; a new one by default.
             held: tokens of the prompt that this sequence already ends with.
+            lossless: generate what the dense model would, with this engine to draft (:meth:`lossless`).
 
         Raises:
-            ActTailError: the prompt is empty or longer than the context.
+            ActTailError: the prompt is empty or longer than the context, or `lossless` and the engine is not the
+                native one.
         """
+        if lossless:
+            yield from self.lossless().stream(
+                prompt, result, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, chat=chat,
+                logprobs=logprobs, cancelled=cancelled, sequence=sequence, held=held,
+            )  # fmt: skip
+            return
         ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else prompt
         generation = Generation() if result is None else result
         sequence = self.start(
             generation, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, logprobs=logprobs,
             sequence=sequence, held=held,
         )  # fmt: skip
+        pieces = self.pieces(generation, sequence)
         while not generation.finished:
             if cancelled is not None and cancelled():
                 rest = generation.cancel()
                 if rest is not None:
                     yield rest
                 return
+            yield next(pieces)
+
+    def pieces(self, generation: Generation, sequence: EngineSequence) -> Iterator[Piece]:
+        """What :meth:`start` has begun, token by token to its end.
+
+        Args:
+            generation: begun.
+            sequence: that it was begun with. At every piece it holds all tokens but the last one.
+        """
+        while not generation.finished:
             yield generation.advance(self.step([(sequence, generation.next_tokens)])[0])
+
+    def lossless(self, *, sparse: bool = True, ngrams: bool = True) -> "Engine":
+        """The engine that generates what the dense model would, this one drafting for it.
+
+        Greedy text is dense decoding's token for token, sampled text has its distribution. Where drafts are not
+        seen to pay, tokens are decoded plainly; :attr:`Generation.drafts` tells.
+
+        Args:
+            sparse: let the same weights draft under this engine's plan, if it has one.
+            ngrams: let n-grams of the prompt and the text so far draft.
+
+        Raises:
+            ActTailError: this is not the native engine, or nothing would draft.
+        """
+        return Engine._make_lossless(self, sparse=sparse, ngrams=ngrams)
 
     def start(
         self, generation: Generation, prompt: torch.Tensor, *, max_new_tokens: int = 128,

@@ -7,7 +7,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from acttail.engine.distribution import Proposal
 from acttail.engine.sampling import Sampler, Sampling
+from acttail.engine.speculation import Drafts
 from acttail.engine.text import TextStream
 from acttail.errors import ActTailError
 
@@ -55,6 +57,7 @@ class Generation:
         prompt_tokens: tokens of the prompt.
         prefill_seconds: until the first logits.
         decode_seconds: from there to the end.
+        drafts: what became of drafted tokens, None if the generation is not speculative.
         finished: whether nothing more comes.
         next_tokens: [n] int64 ids to feed for the logits that :meth:`advance` takes: the prompt, then
             the token drawn last.
@@ -66,6 +69,7 @@ class Generation:
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    drafts: Drafts | None = None
     finished: bool = field(default=False, init=False)
     next_tokens: torch.Tensor = field(
         default_factory=lambda: torch.empty(0, dtype=torch.int64),
@@ -81,6 +85,16 @@ class Generation:
         return (
             max(0, len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
         )
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """[n] int64 ids that the generation was begun with; none before that."""
+        return self.next_tokens if self._run is None else self._run.prompt
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still come."""
+        return 0 if self._run is None else self._run.limit - len(self.tokens)
 
     def begin(
         self, prompt: torch.Tensor, *, max_new_tokens: int, sampling: Sampling, tokenizer: Any = None,
@@ -114,11 +128,25 @@ class Generation:
         )  # fmt: skip
         self.finished = max_new_tokens < 1
 
-    def advance(self, logits: torch.Tensor) -> Piece:
+    def propose(self, logits: torch.Tensor) -> Proposal:
+        """A draft of the next token, drawn as the token itself will be, from another model's logits.
+
+        Args:
+            logits: [vocabulary] float32; not kept.
+
+        Raises:
+            ActTailError: the generation is not under way, or the logits are not finite.
+        """
+        if self._run is None or self.finished:
+            raise ActTailError("only a generation that is begun and not finished takes drafts")
+        return self._run.sampler.propose(logits)
+
+    def advance(self, logits: torch.Tensor, proposal: Proposal | None = None) -> Piece:
         """Draw the next token; what was held back of the text comes with the last one.
 
         Args:
             logits: [vocabulary] float32 after :attr:`next_tokens`; not kept.
+            proposal: a draft of it, taken where that leaves the token's distribution as it is.
 
         Raises:
             ActTailError: the generation is not under way, or the logits are not finite.
@@ -131,7 +159,7 @@ class Generation:
             run.decoding = time.perf_counter()
             self.prefill_seconds = run.decoding - run.started
         allowed = logits if run.constraint is None else run.constraint.masked(logits)
-        token = run.sampler.draw(allowed)
+        token = run.sampler.draw(allowed, proposal)
         complete = run.constraint is not None and run.constraint.accept(token)
         logprob, top = detail(logits, token, run.logprobs)
         self.tokens.append(token)

@@ -13,6 +13,7 @@ from acttail.engine.native import KvPool, NativeDecoder
 from acttail.engine.prefill import Prefill
 from acttail.engine.protocol import Batch, Prompt, Sequence
 from acttail.engine.sequence import NativePrompt, NativeSequence, decode
+from acttail.engine.speculation import Pace
 from acttail.engine.store import Packed
 from acttail.engine.tune import dense_kernels
 from acttail.plan import SparsityPlan
@@ -29,6 +30,7 @@ class NativeEngine(Engine):
         policy: which tokens of a prompt are sparse.
         threads: that decode.
         decoder: that runs them.
+        pace: what is known of speculation under this plan.
     """
 
     name = "native"
@@ -51,6 +53,8 @@ class NativeEngine(Engine):
             packed, plan, self.threads, kv, dense_kernels(packed.layout, plan), pool
         )
         self._prefill = Prefill(self.decoder)
+        self.pace = Pace()
+        self._dense: NativeEngine | None = None
 
     def new_sequence(self, capacity: int | None = None) -> NativeSequence:
         """See :meth:`TokenEngine.new_sequence`."""
@@ -109,6 +113,15 @@ class NativeEngine(Engine):
         """See :meth:`TokenEngine.read_share`; counted by the kernels."""
         assert isinstance(sequence, NativeSequence)  # noqa: S101
         return read_share(self.packed.layout, sequence.weights_read)
+
+    @property
+    def dense(self) -> "NativeEngine":
+        """The same weights without a plan: itself, if it has none."""
+        if self.plan is None:
+            return self
+        if self._dense is None:
+            self._dense = self.with_own_plan(None, prefill="all")
+        return self._dense
 
     def with_plan(
         self, plan: SparsityPlan | None, *, threads: int | None = None, kv_dtype: str | None = None,

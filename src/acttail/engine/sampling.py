@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from acttail.engine.distribution import Distribution, Proposal, accepted
 from acttail.errors import ActTailError
 
 # Candidates looked at before the whole vocabulary is sorted: they hold the nucleus nearly always.
@@ -14,10 +15,6 @@ _CANDIDATES = 1024
 
 # Below it a logit over the temperature leaves float32's range, and only the best is ever drawn.
 _COLDEST = 1e-30
-
-
-# Entries whose probabilities are added up before the one that is drawn is looked for among them.
-_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -100,43 +97,70 @@ class Sampler:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool)
         self._seen[tokens] = True
 
-    def draw(self, logits: torch.Tensor) -> int:
+    def draw(self, logits: torch.Tensor, proposal: Proposal | None = None) -> int:
         """The next token.
+
+        Args:
+            logits: [vocabulary] float32; not changed.
+            proposal: kept if it may be; the token's distribution is the same with and without it.
+
+        Raises:
+            ActTailError: the logits are not finite: the model's weights or activations are broken.
+        """
+        p = self.distribution(logits)
+        if self._greedy:
+            return int(p.ids[0])
+        if proposal is not None:
+            return accepted(p, proposal, self._uniform)
+        return p.draw(self._uniform())
+
+    def propose(self, logits: torch.Tensor) -> Proposal:
+        """A token drawn from another model's logits, for :meth:`draw` to keep or not.
 
         Args:
             logits: [vocabulary] float32; not changed.
 
         Raises:
-            ActTailError: the logits are not finite: the model's weights or activations are broken.
+            ActTailError: the logits are not finite.
+        """
+        q = self.distribution(logits)
+        if self._greedy:
+            token = int(q.ids[0])
+            values: Any = logits.numpy()  # of temperature 1
+            return Proposal(token, None, 1 / float(np.exp(values - values[token]).sum()))
+        token = q.draw(self._uniform())
+        return Proposal(token, q, q.of(token))
+
+    def distribution(self, logits: torch.Tensor) -> Distribution:
+        """What :meth:`draw` draws from; a single token if it is greedy.
+
+        Args:
+            logits: [vocabulary] float32; not changed.
+
+        Raises:
+            ActTailError: the logits are not finite.
         """
         s = self.sampling
         logits = self.penalised(logits)
-        # numpy: torch would wake a second thread for a vocabulary, and that one spins on beside the
-        # decoder's own (2 % of a token, two threads).
         values: Any = logits.numpy()
         best = int(values.argmax())
         if not math.isfinite(values[best]):
             raise ActTailError("the model gave logits that are not finite; check its weights")
-        if s.temperature < _COLDEST:
-            return best
+        if self._greedy:
+            return Distribution(np.ones(1, np.float32), np.array([best]))
         if not s.top_k and s.top_p == 1 and s.min_p == 0:
             # Nothing is cut off, so nothing need be sorted: 0.2 ms instead of 6 for 49,152 logits.
-            return self._pick(np.exp((values - values[best]) / np.float32(s.temperature)))
+            return Distribution(np.exp((values - values[best]) / np.float32(s.temperature)))
         p, index = self.candidates(logits / s.temperature)
-        return int(index[self._pick(p.numpy())])
+        return Distribution(p.numpy(), index.numpy())
 
-    def _pick(self, p: Any) -> int:
-        """An index drawn with probabilities p (not normalised), by the inverse of the distribution.
+    @property
+    def _greedy(self) -> bool:
+        return self.sampling.temperature < _COLDEST
 
-        Of blocks first, then of one block's entries: 0.02 ms instead of 0.2 for 49,152 of them.
-        """
-        draw = float(torch.rand((), dtype=torch.float64, generator=self._generator))
-        whole = len(p) // _BLOCK * _BLOCK
-        sums = p[:whole].reshape(-1, _BLOCK).sum(1)
-        if whole < len(p):
-            sums = np.append(sums, p[whole:].sum())
-        block, rest = _inverse(sums, draw)
-        return block * _BLOCK + _inverse(p[block * _BLOCK : (block + 1) * _BLOCK], rest)[0]
+    def _uniform(self) -> float:
+        """A number from [0, 1)."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
     def penalised(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits [vocabulary] with the biases and the penalties on tokens already there."""
@@ -193,13 +217,3 @@ class Sampler:
             # Ids below the candidates are rarer still, so cutting here is exact unless all pass.
             p = p[: max(1, int((p >= s.min_p * p[0]).sum()))]
         return p, index[: len(p)]
-
-
-def _inverse(p: Any, draw: float) -> tuple[int, float]:
-    """Where a number from 0 to 1 falls among probabilities p [n], and where it falls within that one's share."""
-    total = p.cumsum(dtype=np.float64)
-    # Below the sum, so that what has no probability is never drawn.
-    at = min(draw * total[-1], np.nextafter(total[-1], 0))
-    index = int(total.searchsorted(at, side="right"))
-    share = float(p[index])
-    return index, min(1.0, max(0.0, (at - (total[index] - share)) / share))

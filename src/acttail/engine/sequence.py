@@ -128,6 +128,41 @@ class NativeSequence:
                 hidden.append(prompt.next_hidden())
             return self._prefill.logits(torch.cat(hidden), prompt.sparse)
 
+    def run_together(self, tokens: list[int], logits: torch.Tensor) -> None:
+        """Decode tokens in one pass over the weights; each gets exactly what it would get alone.
+
+        Args:
+            tokens: at most :data:`abi.MOST_TOGETHER`.
+            logits: [n, vocabulary] float32 to fill.
+
+        Raises:
+            ActTailError: the KV cache has no room for them, or an id is out of range.
+        """
+        with self._decoder.lock:
+            if len(tokens) == 1:
+                self.weights_read = self._decoder.forward(
+                    self.cache, torch.tensor(tokens), logits[0]
+                )
+            else:
+                caches = [self.cache] * len(tokens)
+                self.weights_read = self._decoder.step(caches, tokens, list(logits[: len(tokens)]))[
+                    -1
+                ]
+
+    def set_length(self, length: int) -> None:
+        """Hold the first `length` positions; unlike after :meth:`truncate`, those beyond may be held again.
+
+        Only for who knows what was written there last.
+
+        Args:
+            length: positions.
+
+        Raises:
+            ActTailError: the sequence has no room for so many.
+        """
+        if self._lib.acttail_cache_set_length(self.cache, length):
+            raise ActTailError(f"the sequence has room for {self.capacity} tokens, not {length}")
+
     def check(self, tokens: torch.Tensor) -> torch.Tensor:
         """See :meth:`acttail.engine.protocol.Sequence.check`."""
         tokens = tokens.to(torch.int64).reshape(-1).contiguous()

@@ -1,7 +1,8 @@
 """One benchmark of decoding: what `acttail bench` and the scripts in benchmarks/ run."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def run_bench(
     model: str | os.PathLike[str] | Opened, *, plan: SparsityPlan | PlanRequest | str | None = None,
     dtype: str | None = None, threads: int | None = None, prompt_tokens: Sequence[int] = (128,),
     new_tokens: int = 128, rounds: int = 7, against: Sequence[str] = (), gguf: str | None = None,
-    progress: Progress | None = None,
+    lossless: Mapping[str, bool] | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a model's decoding, sparse against dense and against others, by turns.
 
@@ -49,12 +50,14 @@ def run_bench(
         rounds: runs of each contestant.
         against: ``hf`` and ``llama.cpp``.
         gguf: llama.cpp's file as it is; ``own`` is the model's own.
+        lossless: who drafts for a lossless contestant, as :meth:`acttail.engine.Engine.lossless` takes it; None for
+            none. n-grams have it easy in what follows a random prompt, which repeats itself.
         progress: called with (runs done, runs).
 
     Returns:
         Plain data: ``tokens_per_second`` and ``prefill_tokens_per_second`` (medians) of ``sparse``,
         ``dense`` and the others; ``ratios`` of sparse over each, with ``dense_ratios`` of our dense over
-        the others; ``bytes_per_token``, ``bandwidth`` and ``bandwidth_share``; the protocol.
+        the others; ``drafts`` of the lossless contestant's last round; ``bytes_per_token``, ``bandwidth`` and ``bandwidth_share``; the protocol.
 
     Raises:
         ActTailError: bad arguments, or a contestant is not available.
@@ -76,6 +79,8 @@ def run_bench(
         contestants: dict[str, Contestant] = {"sparse": EngineContestant(sparse)}
         if isinstance(sparse, NativeEngine):
             contestants["dense"] = EngineContestant(sparse.with_plan(None, prefill="all"))
+        if lossless is not None:
+            contestants["lossless"] = EngineContestant(sparse.lossless(**lossless))
         if "hf" in against:
             lm, _ = opened.load(dtype=config.weights.transformers)
             contestants["hf"] = EagerContestant(lm)
@@ -99,9 +104,13 @@ def run_bench(
         middle = prompt_tokens[0] + new_tokens // 2
         traffic = {n: bytes_per_token(c.engine, middle) for n, c in contestants.items()
                    if isinstance(c, EngineContestant) and isinstance(c.engine, NativeEngine)}  # fmt: skip
-    return _row(
-        sparse, made, count, speeds, list(prompt_tokens), new_tokens, rounds, traffic, reads
-    )
+    row = _row(sparse, made, count, speeds, list(prompt_tokens), new_tokens, rounds, traffic, reads)
+    speculative = contestants.get("lossless")
+    if isinstance(speculative, EngineContestant) and speculative.drafts is not None:
+        found = speculative.drafts
+        row["drafts"] = asdict(found) | {"acceptance": found.acceptance, "said": str(found)}
+        row["lossless_ratio"] = vars(speeds[0].ratio("lossless", "dense"))
+    return row
 
 
 def plan_for(model: Opened, plan: SparsityPlan | PlanRequest | str | None) -> SparsityPlan:

@@ -17,6 +17,7 @@ from acttail.engine import Engine, NativeEngine, Sampling
 from acttail.engine.accounting import kv_bytes, packed_bytes, read_share
 from acttail.engine.formats import kv_format
 from acttail.engine.native import library
+from acttail.engine.speculation import Drafts
 from acttail.engine.store import allocate
 from acttail.errors import ActTailError
 
@@ -30,16 +31,23 @@ class Contestant(Protocol):
 
 
 class EngineContestant:
-    """One of acttail's engines."""
+    """One of acttail's engines.
+
+    Attributes:
+        engine: that decodes.
+        drafts: what became of the last round's drafts, None if it is not speculative.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.drafts: Drafts | None = None
 
     def round(self, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
         """See :class:`Contestant`."""
         result = self.engine.generate(
             prompt, max_new_tokens=new_tokens + 1, sampling=Sampling(ignore_eos=True)
         )
+        self.drafts = result.drafts
         return result.prefill_seconds, result.decode_seconds
 
 
