@@ -23,7 +23,7 @@ RANDOM = "random tokens"
 
 def calibrated(args):
     """(model, its tokenizer, what allocators may see of it, the calibration text's name)."""
-    model, tokenizer = acttail.load(args.model, dtype="bfloat16")
+    model, tokenizer = acttail.load(args.model, dtype="fast")
     text = read_text(args.calibration)
     measured = Calibration(model, tokenizer, text, tokens=args.calibration_tokens)
     return (

@@ -33,7 +33,7 @@ from acttail.model.names import resolve
 
 WIDTHS = ("auto", "int8", "int4")
 SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6)
-ALLOCATORS = ("sensitivity", "refined")
+ALLOCATORS = "sensitivity,refined"
 PEERS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "IQ3_S", "Q2_K")
 AS_IT_IS = "file as it is"
 KEYS = ("side", "width", "allocator", "sparsity")
@@ -72,10 +72,10 @@ class Quality:
 def plans(args):
     """(allocator, S) -> plan, calibrated on text that is not scored; of random weights `uniform`."""
     if args.random:
-        model, _ = acttail.load(args.model, dtype="bfloat16")
+        model, _ = acttail.load(args.model, dtype="fast")
         return {("uniform", s): make_plan(model, s, allocator="uniform") for s in SPARSITIES}
     model, _, context, _ = calibrated(args)
-    return {(a, s): make_plan(model, s, allocator=a, context=context) for a in ALLOCATORS for s in SPARSITIES}  # fmt: skip
+    return {(a, s): make_plan(model, s, allocator=a, context=context) for a in args.allocators.split(",") for s in SPARSITIES}  # fmt: skip
 
 
 def ours(args, width, found):
@@ -287,6 +287,7 @@ def show(args, rows):
 def main():
     parser = options(__doc__, "model", "text", "calibration", "table", rounds=7, tokens=2048)
     parser.add_argument("--gguf-bench", help="a llama-bench of ik_llama.cpp; left out without")
+    parser.add_argument("--allocators", default=ALLOCATORS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--random", action="store_true", help="uniform plans and speed alone: for random weights")  # fmt: skip
