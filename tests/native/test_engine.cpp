@@ -247,7 +247,7 @@ void beyond_positions() {
     std::abort();
   }
   expect(acttail_cache_new(engine, nullptr, Decoder::positions + 1, &cache) == ACTTAIL_BAD_ARGUMENT, "a cache beyond positions", o);
-  if (acttail_cache_new(other, Decoder::positions + 1, &cache) != ACTTAIL_OK) std::abort();
+  if (acttail_cache_new(other, nullptr, Decoder::positions + 1, &cache) != ACTTAIL_OK) std::abort();
   const int64_t token = 1;
   float* const none[1] = {};
   expect(acttail_engine_forward(engine, cache, &token, 1, 0, nullptr, nullptr) == ACTTAIL_BAD_ARGUMENT &&
