@@ -1,6 +1,7 @@
 // Every C function with the n-th allocation failing, for every n: it returns a status, the process lives, and
 // nothing leaks.
 #include <atomic>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <new>
@@ -12,12 +13,13 @@ namespace {
 std::atomic<int64_t> until_failure{-1};  // allocations still granted; negative: all
 std::atomic<int64_t> live{0};
 
-void* take(std::size_t size) {
+void* take(std::size_t size, std::size_t alignment = alignof(std::max_align_t)) {
   int64_t left = until_failure.load();
   while (left > 0 && !until_failure.compare_exchange_weak(left, left - 1)) {
   }
   if (left == 0) return nullptr;
-  void* found = std::malloc(size == 0 ? 1 : size);
+  // What is not aligned further may be given back to free() as well.
+  void* found = std::aligned_alloc(alignment, (size / alignment + 1) * alignment);
   if (found != nullptr) live.fetch_add(1);
   return found;
 }
@@ -38,7 +40,14 @@ void* operator new(std::size_t size) { return take_or_throw(size); }
 void* operator new[](std::size_t size) { return take_or_throw(size); }
 void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return take(size); }
 void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return take(size); }
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  void* found = take(size, static_cast<std::size_t>(alignment));
+  if (found == nullptr) throw std::bad_alloc();
+  return found;
+}
 void operator delete(void* p) noexcept { give(p); }
+void operator delete(void* p, std::align_val_t) noexcept { give(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { give(p); }
 void operator delete[](void* p) noexcept { give(p); }
 void operator delete(void* p, std::size_t) noexcept { give(p); }
 void operator delete[](void* p, std::size_t) noexcept { give(p); }
@@ -107,27 +116,40 @@ int main() {
   if (acttail_cache_new(engine, nullptr, 20, &cache) != ACTTAIL_OK) std::abort();
   std::vector<float> logits(D::vocabulary), rows(20 * D::kv_heads * D::head_dim, 0.5f), values = rows;
   const std::vector<int64_t> tokens = {5, 6, 7};
-  // The first call on this engine makes room for the attention; later ones allocate nothing.
+  // The first call on an engine makes room for the attention, that on a cache for its pages.
   acttail_engine* fresh = nullptr;
+  acttail_cache* empty = nullptr;
   starve("engine_forward", [&] {
     const int64_t granted = until_failure.exchange(-1);
-    acttail_engine_free(fresh);
-    if (acttail_engine_new(&d.model, 3, &fresh) != ACTTAIL_OK || acttail_cache_truncate(cache, 0)) std::abort();
+    if (acttail_engine_new(&d.model, 3, &fresh) != ACTTAIL_OK || acttail_cache_new(fresh, nullptr, 20, &empty)) std::abort();
     until_failure.store(granted);
-    const int status = acttail_engine_forward(fresh, cache, tokens.data(), 3, 0, logits.data(), nullptr);
+    const int status = acttail_engine_forward(fresh, empty, tokens.data(), 3, 0, logits.data(), nullptr);
     const int64_t left = until_failure.exchange(-1);
-    if (status != ACTTAIL_OK && acttail_cache_length(cache) != 0) ++failures, std::printf("FAILED: half a forward\n");
+    if (status != ACTTAIL_OK && acttail_cache_length(empty) != 0) ++failures, std::printf("FAILED: half a forward\n");
+    acttail_cache_free(empty);
     acttail_engine_free(fresh);
-    fresh = nullptr;
     until_failure.store(left);
     return status;
   });
-  if (acttail_engine_forward(engine, cache, tokens.data(), 3, 0, logits.data(), nullptr)) std::abort();
+  // Where there is room for as many positions, nothing is allocated.
+  for (int64_t i = 0; i < 2; ++i) {
+    if (acttail_engine_forward(engine, cache, tokens.data(), 3, 0, logits.data(), nullptr)) std::abort();
+  }
+  if (acttail_cache_truncate(cache, 3)) std::abort();
   until_failure.store(0);
   if (acttail_engine_forward(engine, cache, tokens.data(), 3, 0, logits.data(), nullptr) != ACTTAIL_OK) {
     ++failures, std::printf("FAILED: a later forward allocates\n");
   }
   until_failure.store(-1);
+  starve("cache_fork", [&] {
+    acttail_cache* fork = nullptr;
+    const int status = acttail_cache_fork(cache, 6, 20, &fork);
+    if (status != ACTTAIL_OK) return status;
+    // Its last page is another's as well: it writes to a copy.
+    const int written = acttail_cache_write(fork, 0, 6, 2, rows.data(), values.data());
+    acttail_cache_free(fork);
+    return written;
+  });
   starve("cache_write", [&] { return acttail_cache_write(cache, 0, 0, 20, rows.data(), values.data()); });
   if (acttail_cache_set_length(cache, 20)) std::abort();
   starve("cache_read", [&] { return acttail_cache_read(cache, 1, 0, 20, rows.data(), values.data()); });
