@@ -58,7 +58,6 @@ def test_each_claim_has_one_script_and_one_csv():
         "gpu_kernels",
         "frontier",
         "adapt",
-        "lossless",
     }  # not measured yet
 
 
