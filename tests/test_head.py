@@ -53,6 +53,10 @@ def test_the_head_keeps_its_k_largest_inputs(family):
         logits = model(IDS).logits
     handle.remove()
     expected = topk_mask(seen[0], 20) @ weight_of(model, head).T
+    expected = expected / getattr(model.config, "logits_scaling", 1)
+    bias = model.get_submodule(head.module).bias
+    if bias is not None:
+        expected = expected + bias
     if getattr(model.config, "final_logit_softcapping", None):
         cap = model.config.final_logit_softcapping
         expected = torch.tanh(expected / cap) * cap

@@ -24,7 +24,7 @@ from acttail.sparse.counting import counting
 pytestmark = pytest.mark.skipif(not cpu.status().available, reason="no native library")
 FAMILIES = [
     "llama", "llama-mqa-tied", "llama-odd", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3",
-    "phi3", "starcoder2",
+    "phi3", "starcoder2", "phi", "granite", "gpt2", "opt",
 ]  # fmt: skip
 
 

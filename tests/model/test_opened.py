@@ -138,7 +138,7 @@ def test_another_models_plan_is_refused_before_a_matrix_is_read(place, reads, tm
 
 def test_what_the_native_engine_refuses_is_handed_on(reads, tmp_path, tokenizer):
     """transformers takes what was opened: no second config, no second tokenizer."""
-    build("gpt2").save_pretrained(tmp_path / "m")
+    build("neox").save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     reads.clear()
     with pytest.warns(match="transformers runs it instead"):

@@ -13,6 +13,7 @@ from acttail.model.projections import find_projections, weight_of
 KINDS = {
     "phi3": {"qkv", "o", "gate_up", "down"},
     "starcoder2": {"q", "k", "v", "o", "fc1", "fc2"},
+    "phi": {"q", "k", "v", "o", "fc1", "fc2"},
     "gpt2": {"qkv", "o", "fc1", "fc2"},
     "opt": {"q", "k", "v", "o", "fc1", "fc2"},
     "mixtral": {"q", "k", "v", "o", "gate_up", "down"},
