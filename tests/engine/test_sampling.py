@@ -224,3 +224,9 @@ def test_what_was_held_back_comes_with_the_end():
     stopped = generation(stop=["ab"])
     assert [stopped.advance(towards(t)).text for t in (a, b)] == ["", ""]
     assert (stopped.finish, stopped.text) == ("stop", "")
+
+
+def test_the_smallest_nucleus_is_the_likeliest_token():
+    logits = torch.tensor([0.0, 3.0, 1.0])
+    for top_p in (1e-127, 1e-40, 1e-7):
+        assert Sampler(Sampling(temperature=1.0, top_p=top_p, seed=0)).draw(logits) == 1

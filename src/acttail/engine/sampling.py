@@ -212,7 +212,8 @@ class Sampler:
             ):  # the nucleus is larger than the candidates
                 ordered, index = logits.sort(descending=True)
                 p = (ordered - total).exp()
-            p = p[: int((p.cumsum(0) - p < s.top_p).sum())]
+            # The likeliest one stays, also where float32 takes top_p for 0.
+            p = p[: max(1, int((p.cumsum(0) - p < s.top_p).sum()))]
         if s.min_p > 0:
             # Ids below the candidates are rarer still, so cutting here is exact unless all pass.
             p = p[: max(1, int((p >= s.min_p * p[0]).sum()))]
