@@ -85,7 +85,6 @@ int acttail_cache_new(const acttail_engine* engine, const acttail_pool* pool, in
   if (cache == nullptr) return ACTTAIL_BAD_ARGUMENT;
   *cache = nullptr;
   if (engine == nullptr || capacity < 1) return ACTTAIL_BAD_ARGUMENT;
-  if (engine->model.position != nullptr && capacity > engine->model.positions) return ACTTAIL_BAD_ARGUMENT;
   return acttail::guarded([&]() -> int {
     const acttail_model& m = engine->model;
     auto made = std::make_unique<acttail_cache>();
@@ -96,6 +95,7 @@ int acttail_cache_new(const acttail_engine* engine, const acttail_pool* pool, in
     made->width = (m.head_dim + 15) / 16 * 16;
     made->capacity = capacity;
     made->length = 0;
+    if (!made->fits(m)) return ACTTAIL_BAD_ARGUMENT;
     made->counted = pool == nullptr ? acttail_pool{}.bytes : pool->bytes;
     // By turns, for their product alone could wrap; 8 bytes hold an element of any format and its scale.
     int64_t most = std::numeric_limits<int64_t>::max() / 8 - acttail::kPage;
