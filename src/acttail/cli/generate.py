@@ -137,9 +137,6 @@ def generate(
 
 def _drafts(result: "Generation") -> dict[str, Any]:
     """What --json adds of a lossless generation: ``sparsity`` and ``allocator`` are then those of the drafts."""
-    from dataclasses import asdict
-
     if result.drafts is None:
         return {"lossless": False}
-    found = asdict(result.drafts) | {"acceptance": result.drafts.acceptance}
-    return {"lossless": True, "drafts": found}
+    return {"lossless": True, "drafts": result.drafts.to_dict()}

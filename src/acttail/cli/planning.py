@@ -65,7 +65,8 @@ Allocator = Annotated[
 ]
 # Instead of an allocator: the best of several, tried on the model.
 AUTO = "auto"
-_BUDGETS = "--sparsity, --read-share, --speedup, --max-loss and --max-kl"
+_BUDGET_OPTIONS = ("--sparsity", "--read-share", "--speedup", "--max-loss", "--max-kl")
+_BUDGETS = f"{', '.join(_BUDGET_OPTIONS[:-1])} and {_BUDGET_OPTIONS[-1]}"
 # What options have when they were not given.
 _TOKENS = 4096
 
@@ -205,7 +206,7 @@ def plan_or_request(plan: str | None, **asked: Any) -> "SparsityPlan | PlanReque
         return plan_of(plan)
     if not found:
         return None
-    if not {"--sparsity", "--read-share", "--speedup", "--max-loss", "--max-kl"} & set(found):
+    if not set(_BUDGET_OPTIONS) & set(found):
         raise ActTailError(f"{found[0]} is about a plan: give one of {_BUDGETS} too")
     return request_of(**asked)
 

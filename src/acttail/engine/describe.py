@@ -57,28 +57,28 @@ def describe(model: Any) -> DecoderSpec:
     head = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModelError("the native engine needs an output head")
-    embedding = _name_of(model, model.get_input_embeddings())
+    tokens: Any = model.get_input_embeddings()
+    embedding = _name_of(model, tokens)
     # What transformers has untied, because the checkpoint has a head of its own, is not tied.
     table: Any = head.weight
     tied = bool(getattr(outer, "tie_word_embeddings", False)) and (
-        table is model.get_input_embeddings().weight or table.device.type == "meta"
+        table is tokens.weight or table.device.type == "meta"
     )
 
     def setting(key: str | float | None, default: float = 0.0) -> float:
         found = getattr(config, key, None) if isinstance(key, str) else key
         return float(found or default)
 
-    vocabulary: Any = model.get_input_embeddings()
-    if vocabulary.embedding_dim != config.hidden_size:
+    if tokens.embedding_dim != config.hidden_size:
         raise UnsupportedModelError(
-            f"the native engine does not run embeddings of {vocabulary.embedding_dim} features in a stream of "
+            f"the native engine does not run embeddings of {tokens.embedding_dim} features in a stream of "
             f"{config.hidden_size}"
         )
 
     return DecoderSpec(
         family=name, hidden=config.hidden_size, heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim=head_dim,
-        intermediate=inner.d_in, vocabulary=vocabulary.num_embeddings,
+        intermediate=inner.d_in, vocabulary=tokens.num_embeddings,
         context=_context(config), norm_eps=setting(family.norm_eps), norm_shift=family.norm_shift,
         activation=_activation(family, config),
         attention_scale=setting(family.attention_scale, setting(family.attention_scalar, head_dim) ** -0.5),

@@ -64,12 +64,12 @@ def _check_spec(spec: DecoderSpec) -> None:
     for frequencies, _ in spec.ropes:
         if len(frequencies) > spec.head_dim // 2:
             _refuse(f"{len(frequencies)} frequencies turn heads of {spec.head_dim}")
+    plain = family.positions is not None or family.turned is not None
     for i, block in enumerate(spec.blocks):
         if set(block.projections) != family.projections:
             _refuse(f"block {i} has the projections {', '.join(sorted(block.projections))}")
         if set(block.norms) != set(family.norms):
             _refuse(f"block {i} has the norms {', '.join(sorted(block.norms))}")
-        plain = family.positions is not None or family.turned is not None
         if block.rope >= len(spec.ropes) or (block.rope < 0 and not plain):
             _refuse(f"block {i} wants rope table {block.rope} of {len(spec.ropes)}")
 

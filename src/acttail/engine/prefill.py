@@ -118,7 +118,9 @@ class Prefill:
         plan = self.decoder.plan
         if plan is not None and plan.head is not None and rows is not False:
             hidden = self._select(plan.head[0], hidden, rows)
-        out = self._head(hidden) * self.spec.logit_scale
+        out = self._head(hidden)
+        if self.spec.logit_scale != 1.0:
+            out *= self.spec.logit_scale
         bias = self._tensors.get(HEAD_BIAS)
         if bias is not None:
             out += bias

@@ -208,8 +208,13 @@ def layout_for(model: str | os.PathLike[str] | Opened, config: EngineConfig) -> 
         layout = read_description(found.source.path).layout
         config.check_folder(found.source, layout.dtype, layout.head_dtype)
         return layout
-    opened = open_for_engine(found, own_blocks=config.own_blocks)
-    return Conversion(opened.spec, opened.weights, config).layout
+    return _conversion(found, config).layout
+
+
+def _conversion(model: Opened, config: EngineConfig) -> Conversion:
+    """Of the dense model, not begun."""
+    opened = open_for_engine(model, own_blocks=config.own_blocks)
+    return Conversion(opened.spec, opened.weights, config)
 
 
 @dataclass(frozen=True)
@@ -232,16 +237,15 @@ class Outlay:
 def outlay_of(model: str | os.PathLike[str] | Opened, config: EngineConfig) -> Outlay:
     """How large everything of a model is or would be, packed; arguments and errors as for :func:`layout_for`."""
     found = open_model(model)
-    layout = layout_for(found, config)
     if isinstance(found.source, PackedSource):
+        layout = layout_for(found, config)
         sizes = {n: t.nbytes for n, t in read_folder(found.source.path).tensors.items()}
         head = PackedWeights(found.source.name, found.source.path).head
         # Packed weights stay as they lie: one that is read by outputs has no rows to drop but in another folder.
         by_inputs = replace(layout.head_shape, output_major=False)
     else:
-        opened = open_for_engine(found, own_blocks=config.own_blocks)
-        head = opened.weights.head
-        conversion = Conversion(opened.spec, opened.weights, config)
+        conversion = _conversion(found, config)
+        layout, head = conversion.layout, conversion.weights.head
         sizes = {
             n: kind.itemsize * math.prod(shape) for n, (kind, shape) in conversion.sizes().items()
         }

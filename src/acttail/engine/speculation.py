@@ -8,7 +8,7 @@ verifies it.
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 # Passes whose median is believed: a context grows, other work comes and goes.
 _WINDOW = 9
@@ -47,6 +47,10 @@ class Drafts:
     def acceptance(self) -> float | None:
         """Share of the drafts that was kept, None without any."""
         return self.accepted / self.drafted if self.drafted else None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain JSON data, the acceptance with it."""
+        return asdict(self) | {"acceptance": self.acceptance}
 
     def __str__(self) -> str:
         if not self.drafted:

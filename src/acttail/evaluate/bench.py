@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ def run_bench(
     speculative = contestants.get("lossless")
     if isinstance(speculative, EngineContestant) and speculative.drafts is not None:
         found = speculative.drafts
-        row["drafts"] = asdict(found) | {"acceptance": found.acceptance, "said": str(found)}
+        row["drafts"] = found.to_dict() | {"said": str(found)}
         row["lossless_ratio"] = vars(speeds[0].ratio("lossless", "dense"))
     return row
 

@@ -255,11 +255,9 @@ class Scheduler:
             if job.feeding is not None or job.sequence is None:
                 continue
             self._look_again(job)
+            if left <= 0 or self._is_long(job):
+                continue
             tokens = job.pending
-            if not engine.decodes(job.sequence, len(tokens)):
-                continue
-            if left <= 0:
-                continue
             left -= len(tokens)
             room = -len(tokens) % full
             yield [(job, tokens), *rows[:room]]
