@@ -13,7 +13,7 @@ import json
 import math
 
 import torch
-from common import SCORED, On, Rows, fill, label, options
+from common import TEXTS, On, Rows, fill, label, options
 
 import acttail
 from acttail.adapt.run import adapt
@@ -24,9 +24,8 @@ from acttail.calibrate.text import read_text
 from acttail.evaluate.dense_logits import DenseLogits
 from acttail.evaluate.tasks import paired_interval
 from acttail.model.weights import LoadedWeights
+from acttail.sparse.apply import sparsified
 
-PYTHON = "python-docs:score"
-TEXTS = {"python-docs": PYTHON} if SCORED == PYTHON else {"wikitext": SCORED, "python-docs": PYTHON}
 TRAINED = ("bias", "norm", "lora", "lora,norm", "all")
 WINDOW = 512
 
@@ -49,10 +48,8 @@ class Scorer:
 
     def under(self, plan):
         """Text -> result of the model under a plan; dense again afterwards."""
-        acttail.sparsify_(self.model, plan, check_contents=False)
-        found = {name: self.one(name, ("perplexity", "kl", "top1")) for name in TEXTS}
-        acttail.densify_(self.model)
-        return found
+        with sparsified(self.model, plan):
+            return {name: self.one(name, ("perplexity", "kl", "top1")) for name in TEXTS}
 
     def adapted(self, model):
         """Text -> result of an adapted model against the one that was loaded.

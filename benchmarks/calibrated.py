@@ -13,7 +13,7 @@ import math
 import time
 
 import torch
-from common import SCORED, On, Rows, fill, label, options
+from common import TEXTS, On, Rows, fill, label, options
 
 import acttail
 from acttail.allocate import AllocationContext, make_plan
@@ -25,9 +25,6 @@ from acttail.evaluate.dense_logits import DenseLogits
 from acttail.evaluate.tasks import paired_interval
 from acttail.model.weights import LoadedWeights
 
-PYTHON = "python-docs:score"
-# WikiText-2 test where it is there; a second text shows whether a rule is over-fitted to the first.
-TEXTS = {"python-docs": PYTHON} if SCORED == PYTHON else {"wikitext": SCORED, "python-docs": PYTHON}
 TOKENS = {"wikitext": 32768, "python-docs": 16384}
 # (allocator, rule), best first. A threshold's sparsity drifts on text it was not set on, so each such cell
 # is measured at two requests and read off at the wanted realised sparsity.

@@ -29,7 +29,10 @@ def public_or(path: Path, public: str) -> str:
     return str(path) if path.exists() else public
 
 
-SCORED = public_or(_WIKITEXT / "wiki.test.raw", "python-docs:score")
+PYTHON = "python-docs:score"
+SCORED = public_or(_WIKITEXT / "wiki.test.raw", PYTHON)
+# WikiText-2 test where it is there; a second text shows whether a rule is over-fitted to the first.
+TEXTS = {"python-docs": PYTHON} if SCORED == PYTHON else {"wikitext": SCORED, "python-docs": PYTHON}
 CALIBRATION = public_or(_WIKITEXT / "wiki.valid.txt", "python-docs:calibration")
 
 

@@ -16,13 +16,11 @@ from pathlib import Path
 
 import torch
 from common import On, Rows, fill, label, options
-from decoding import RANDOM, prompt
+from decoding import RANDOM, calibrated, prompt
 from timing import by_turns, ratio
 
-import acttail
-from acttail.allocate import AllocationContext, make_plan
+from acttail.allocate import make_plan
 from acttail.base.files import cache_dir
-from acttail.calibrate.calibration import Calibration
 from acttail.calibrate.text import read_text, tokenize
 from acttail.engine import Engine, Sampling
 from acttail.engine.distribution import Proposal
@@ -30,7 +28,6 @@ from acttail.engine.lossless import LosslessEngine, Speculation
 from acttail.engine.speculation import Pace
 from acttail.engine.uniform import uniform_plan
 from acttail.model.opened import open_model
-from acttail.model.weights import LoadedWeights
 from acttail.plan import SparsityPlan
 from acttail.sparse.backends import cpu
 
@@ -123,18 +120,17 @@ def append(rows, on, engine, seconds, results, new, rounds, more):
 
 def plan_of(args, sparsity):
     """The plan of a model at a sparsity; kept as a file, for curves take a minute."""
-    folder = Path(args.plans)
-    path = folder / f"{label(args.model).replace(' ', '-')}-{sparsity}.json"
-    if not path.exists():
-        model, tokenizer = acttail.load(args.model, dtype="float32")
-        text = read_text(args.calibration)
-        measured = Calibration(model, tokenizer, text, tokens=args.calibration_tokens)
-        context = AllocationContext(LoadedWeights(model), calibration=measured)
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def kept(s):
+        return Path(args.plans) / f"{label(args.model).replace(' ', '-')}-{s}.json"
+
+    if not kept(sparsity).exists():
+        model, _, context, _ = calibrated(args)
+        kept(sparsity).parent.mkdir(parents=True, exist_ok=True)
         for s in args.sparsities:
             made = make_plan(model, s, allocator="sensitivity", context=context, head=False)
-            made.save(str(folder / f"{label(args.model).replace(' ', '-')}-{s}.json"))
-    return SparsityPlan.load(str(path))
+            made.save(str(kept(s)))
+    return SparsityPlan.load(str(kept(sparsity)))
 
 
 def real(args, rows):
