@@ -10,7 +10,7 @@ Quality and speed are rows of their own, so that speed alone needs a quiet machi
 measured again. Appends to frontier.csv; draws docs/images/frontier.svg and fills docs/performance.md's tables.
 
     python benchmarks/frontier.py [--model FILE.gguf] [--gguf-bench PATH/llama-bench] [--parts quality,speed]
-        [--random] [--table-only]
+        [--widths auto,int8] [--peers Q4_0,Q8_0] [--random] [--table-only]
 """
 
 import statistics
@@ -88,7 +88,7 @@ def ours(args, width, found):
 
 def theirs(args, source):
     """(side, width, allocator, S) -> (contestant, its file), one after the other, so that few are in memory."""
-    for kind in (AS_IT_IS, *PEERS):
+    for kind in args.peers.split(","):
         path = source if kind == AS_IT_IS else quantised(source, f"MOSTLY_{kind}")
         contestant = LlamaCppContestant(path, args.threads, 1024)
         yield ("llama.cpp", kind, "", 0.0), contestant, path
@@ -104,7 +104,7 @@ def quality(args, rows, on, source, found):
         if ("quality", *map(str, key)) not in done:
             rows.append(row_of("quality", key, args, **score.of(logits)), on)
 
-    for width in WIDTHS:
+    for width in args.widths.split(","):
         for key, engine in ours(args, width, found).items():
             note(key, lambda w, e=engine: e.new_sequence(WINDOW).all_logits(w, decode=True))
     for key, contestant, _ in theirs(args, source):
@@ -132,7 +132,7 @@ def speed(args, rows, on, source, found):
         anchors.extend(seen.decode["anchor"])
         ratios.update({key: seen.ratio(key, "anchor") for key in contestants})
 
-    for width in WIDTHS:
+    for width in args.widths.split(","):
         engines = ours(args, width, found)
         vocabulary = next(iter(engines.values())).vocabulary
         group({key: EngineContestant(engine) for key, engine in engines.items()})
@@ -288,6 +288,8 @@ def main():
     parser = options(__doc__, "model", "text", "calibration", "table", rounds=7, tokens=2048)
     parser.add_argument("--gguf-bench", help="a llama-bench of ik_llama.cpp; left out without")
     parser.add_argument("--allocators", default=ALLOCATORS)
+    parser.add_argument("--widths", default=",".join(WIDTHS))
+    parser.add_argument("--peers", default=",".join((AS_IT_IS, *PEERS)), help="their quantisations")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--random", action="store_true", help="uniform plans and speed alone: for random weights")  # fmt: skip

@@ -1,17 +1,32 @@
-"""A GGUF file in the shapes of Qwen2-1.5B, of random Q4_K and Q6_K blocks: as large, as mixed and as slow to read.
+"""A GGUF file of random Q4_K and Q6_K blocks, by default in the shapes of Qwen2-1.5B: as large, as mixed, as slow to read.
 
-Its tokenizer is SmolLM2's, extended by merges of random pairs of its tokens to Qwen2's size; the weights are noise
+Its tokenizer is SmolLM2's, cut or extended by merges of random pairs of its tokens to the size asked for; the weights are noise
 of a plausible size, so what it writes is noise too. For measurements of loading and of speed, never of quality.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from acttail.base.files import replacing
 
-BLOCKS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 28, 1536, 8960, 12, 2, 151936
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder; `mixed` keeps v and down of some blocks in Q6_K, as llama.cpp's Q4_K_M does."""
+
+    blocks: int = 28
+    hidden: int = 1536
+    intermediate: int = 8960
+    heads: int = 12
+    kv_heads: int = 2
+    vocabulary: int = 151936
+    mixed: bool = True
+
+
+QWEN2 = Shape()
 
 
 def blocks(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.ndarray:
@@ -30,9 +45,9 @@ def blocks(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.n
 
 
 def vocabulary(
-    rng: np.random.Generator, donor: Path
+    rng: np.random.Generator, donor: Path, size: int
 ) -> tuple[list[bytes], list[int], list[bytes], bytes | None]:
-    """Tokens, their types, merges and the chat template of a donor's file, extended to :data:`VOCABULARY`."""
+    """Tokens, their types, merges and the chat template of a donor's file, cut or extended to `size` tokens."""
     from gguf import GGUFReader
 
     reader = GGUFReader(str(donor))
@@ -43,9 +58,12 @@ def vocabulary(
 
     tokens, merges = strings("tokenizer.ggml.tokens"), strings("tokenizer.ggml.merges")
     types = [int(n) for n in reader.fields["tokenizer.ggml.token_type"].contents()]
+    tokens, types = tokens[:size], types[:size]
+    kept = set(tokens)
+    merges = [m for m in merges if m.replace(b" ", b"") in kept]
     plain = [t for t, kind in zip(tokens, types, strict=True) if kind == 1 and len(t) < 12]
     known = set(tokens)
-    while len(tokens) < VOCABULARY:
+    while len(tokens) < size:
         first, second = (plain[i] for i in rng.integers(0, len(plain), 2))
         if first + second not in known:
             known.add(first + second)
@@ -56,7 +74,9 @@ def vocabulary(
     return tokens, types, merges, template.parts[template.data[0]].tobytes() if template else None
 
 
-def write(path: Path, donor: Path, *, seed: int = 0, tied: bool = True) -> None:
+def write(
+    path: Path, donor: Path, *, seed: int = 0, tied: bool = True, shape: Shape = QWEN2
+) -> None:
     """Write the file, whole or not at all.
 
     Args:
@@ -64,20 +84,21 @@ def write(path: Path, donor: Path, *, seed: int = 0, tied: bool = True) -> None:
         donor: a GGUF file with a byte-level BPE tokenizer.
         seed: of the weights and the merges.
         tied: whether the output head is the embedding, as Qwen2-1.5B has it.
+        shape: of the model.
     """
     import gguf
 
     rng = np.random.default_rng(seed)
-    tokens, types, merges, template = vocabulary(rng, donor)
+    tokens, types, merges, template = vocabulary(rng, donor, shape.vocabulary)
     writer = gguf.GGUFWriter(None, "qwen2")
     writer.add_name("random-qwen2-1.5b")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
     writer.add_context_length(32768)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(BLOCKS)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.blocks)
+    writer.add_feed_forward_length(shape.intermediate)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e6)
     writer.add_tokenizer_model("gpt2")
@@ -99,26 +120,28 @@ def write(path: Path, donor: Path, *, seed: int = 0, tied: bool = True) -> None:
     def vector(name: str, values: np.ndarray) -> None:
         writer.add_tensor(name, values.astype(np.float32))
 
-    matrix("token_embd", "Q6_K", VOCABULARY, HIDDEN)
+    matrix("token_embd", "Q6_K", shape.vocabulary, shape.hidden)
     if not tied:
-        matrix("output", "Q6_K", VOCABULARY, HIDDEN)
-    vector("output_norm.weight", np.ones(HIDDEN))
-    narrow = HIDDEN // HEADS * KV_HEADS
-    for i in range(BLOCKS):
+        matrix("output", "Q6_K", shape.vocabulary, shape.hidden)
+    vector("output_norm.weight", np.ones(shape.hidden))
+    narrow = shape.hidden // shape.heads * shape.kv_heads
+    for i in range(shape.blocks):
         # llama.cpp's rule for Q4_K_M: more bits for v and down in the first and last eighths, and every third between.
-        more = i < BLOCKS // 8 or i >= 7 * BLOCKS // 8 or (i - BLOCKS // 8) % 3 == 2
-        wide = "Q6_K" if more else "Q4_K"
+        more = (
+            i < shape.blocks // 8 or i >= 7 * shape.blocks // 8 or (i - shape.blocks // 8) % 3 == 2
+        )
+        wide = "Q6_K" if more and shape.mixed else "Q4_K"
         at = f"blk.{i}"
         for leaf, kind, rows, columns in (
-            ("attn_q", "Q4_K", HIDDEN, HIDDEN), ("attn_k", "Q4_K", narrow, HIDDEN), ("attn_v", wide, narrow, HIDDEN),
-            ("attn_output", "Q4_K", HIDDEN, HIDDEN), ("ffn_gate", "Q4_K", INTERMEDIATE, HIDDEN),
-            ("ffn_up", "Q4_K", INTERMEDIATE, HIDDEN), ("ffn_down", wide, HIDDEN, INTERMEDIATE),
+            ("attn_q", "Q4_K", shape.hidden, shape.hidden), ("attn_k", "Q4_K", narrow, shape.hidden), ("attn_v", wide, narrow, shape.hidden),
+            ("attn_output", "Q4_K", shape.hidden, shape.hidden), ("ffn_gate", "Q4_K", shape.intermediate, shape.hidden),
+            ("ffn_up", "Q4_K", shape.intermediate, shape.hidden), ("ffn_down", wide, shape.hidden, shape.intermediate),
         ):  # fmt: skip
             matrix(f"{at}.{leaf}", kind, rows, columns)
             if leaf in ("attn_q", "attn_k", "attn_v"):
                 vector(f"{at}.{leaf}.bias", rng.normal(0, 0.02, rows))
-        vector(f"{at}.attn_norm.weight", np.ones(HIDDEN))
-        vector(f"{at}.ffn_norm.weight", np.ones(HIDDEN))
+        vector(f"{at}.attn_norm.weight", np.ones(shape.hidden))
+        vector(f"{at}.ffn_norm.weight", np.ones(shape.hidden))
     with replacing(path) as temporary:
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()

@@ -1,23 +1,24 @@
 """Decoding one token each of several sequences in one pass, against one sequence, by turns.
 
-Four blocks of random weights in the shapes of Qwen2-1.5B and a small vocabulary; dense and under a uniform plan; one
-and two threads. A round times every number of sequences. Appends to small_batches.csv and fills the table of
+Four blocks of random weights in the shapes of Qwen2-1.5B and a small vocabulary, packed as for decode_shapes.py; dense
+and under a uniform plan; one and two threads. A round times every number of sequences. Appends to small_batches.csv and fills the table of
 docs/performance.md.
 
-    python benchmarks/small_batches.py [--widths bf16,int8,int4] [--threads 1,2] [--table-only]
+    python benchmarks/small_batches.py [--widths bf16,int8,int4,q4_k] [--threads 1,2] [--table-only]
 """
 
 import statistics
 
 import torch
 from common import On, Rows, fill, options
+from decode_shapes import SHAPES, WIDTHS, packed, random_model
 from decoding import RANDOM
 from timing import by_turns, ratio
 
-from acttail.allocate import make_plan
-from acttail.engine import Engine
+from acttail.engine.uniform import uniform_plan
+from acttail.sparse.backends import cpu
 
-SHAPES = "1.5B shapes, 4 blocks, random weights"
+NAME = "1.5B"
 COUNTS = (1, 2, 4, 8)
 STEPS = 4
 SPARSITIES = (0.0, 0.5)
@@ -27,7 +28,7 @@ def contestants(engine):
     """Name of each number of sequences -> a function that decodes some tokens in all of them."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 1000, (max(COUNTS), 32), generator=generator)
-    sequences = [engine.new_sequence(4096) for _ in ids]
+    sequences = [engine.new_sequence(1024) for _ in ids]
     for sequence, prompt in zip(sequences, ids, strict=True):
         sequence.feed(prompt)
 
@@ -39,47 +40,41 @@ def contestants(engine):
 
 
 def measure(args, rows):
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    config = Qwen2Config(
-        vocab_size=1024, hidden_size=1536, intermediate_size=8960, num_hidden_layers=4,
-        num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=4096,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    plan = make_plan(model, 0.5, allocator="uniform")
+    shape, model = SHAPES[NAME], random_model(SHAPES[NAME])
+    on = On(f"{NAME} shapes, {shape.blocks} blocks, random weights", RANDOM)
     for dtype in args.widths.split(","):
         for threads in (int(t) for t in args.threads.split(",")):
             torch.set_num_threads(threads)
-            base = Engine.from_model(model, dtype=dtype, native=True, threads=threads)
+            base = packed(shape, dtype, model, threads)
             for sparsity in SPARSITIES:
-                engine = base.with_plan(plan) if sparsity else base
+                engine = base.with_own_plan(uniform_plan(base, sparsity)) if sparsity else base
                 seconds = by_turns(contestants(engine), args.rounds)
                 for n in COUNTS:
                     over = ratio(seconds, str(n), "1")
                     rows.append({
-                        "dtype": dtype, "decode_threads": threads, "sparsity": sparsity, "sequences": n,
+                        "dtype": dtype, "isa": cpu.status().isa, "decode_threads": threads, "sparsity": sparsity,
+                        "sequences": n,
                         "tokens_per_second": round(n * STEPS / statistics.median(seconds[str(n)]), 2),
                         **{f"over_one_{key}": value for key, value in over.items()}, "rounds": args.rounds,
-                    }, On(SHAPES, RANDOM))  # fmt: skip
+                    }, on)  # fmt: skip
 
 
 def table(found):
     if not found:
         return "Not measured yet."
     lines = [
-        "| width | threads | S | one sequence, tokens/s | time of 2 ÷ 1 | 4 ÷ 1 | 8 ÷ 1 | eight, tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| width | instructions | threads | S | one sequence, tokens/s | time of 2 ÷ 1 | 4 ÷ 1 | 8 ÷ 1 | eight, tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for dtype, threads, sparsity in dict.fromkeys(key[:3] for key in found):
-        each = {n: found[dtype, threads, sparsity, str(n)] for n in COUNTS}
+    for what in dict.fromkeys(key[:4] for key in found):
+        each = {n: found[(*what, str(n))] for n in COUNTS}
         ratios = " | ".join(
             f"**{float(each[n]['over_one_median']):.2f}** ({float(each[n]['over_one_low']):.2f}–"
             f"{float(each[n]['over_one_high']):.2f})"
             for n in COUNTS[1:]
         )
         lines.append(
-            f"| {dtype} | {threads} | {sparsity} | {float(each[1]['tokens_per_second']):.0f} | {ratios} "
+            f"| {' | '.join(what)} | {float(each[1]['tokens_per_second']):.0f} | {ratios} "
             f"| {float(each[8]['tokens_per_second']):.0f} |"
         )
     return "\n".join(lines)
@@ -87,13 +82,13 @@ def table(found):
 
 def main():
     parser = options(__doc__, "table", rounds=7)
-    parser.add_argument("--widths", default="bf16,int8,int4")
+    parser.add_argument("--widths", default=",".join(WIDTHS))
     parser.add_argument("--threads", default="1,2")
     args = parser.parse_args()
     rows = Rows("small_batches", args.out)
     if not args.table_only:
         measure(args, rows)
-    keys = ("dtype", "decode_threads", "sparsity", "sequences")
+    keys = ("dtype", "isa", "decode_threads", "sparsity", "sequences")
     fill(args.out, "docs/performance.md", "batches", table(rows.latest(*keys)))
 
 

@@ -26,7 +26,7 @@ import psutil
 
 # Caches of the allocator and what is loaded lazily are there after the first requests.
 _SETTLE_SECONDS = 30
-_OPTIONS = ("--port", "0", "--threads", "1", "--slots", "8", "--queue", "256", "--per-client", "256",
+_OPTIONS = ("--port", "0", "--threads", "1", "--queue", "256", "--per-client", "256",
             "--wait", "1200", "--max-tokens", "64")  # fmt: skip
 
 
