@@ -1,7 +1,7 @@
 """Tokens per second against KL to the source model: our plans at every width, and every quantisation of the peers.
 
 Everything starts from one GGUF. KL, top-1 and perplexity are to its weights dequantised to fp32, as each engine really
-decodes: 2,048 tokens of WikiText-2 test in windows of 512. Speed is of 128 tokens after a prompt of 128, by turns
+decodes: 2,048 tokens of WikiText-2 test in windows of 512. Speed is of 128 tokens after a prompt of 128 (see the rows), by turns
 in groups that each hold the same anchor (llama.cpp on the source file as it is); a speed is the group's ratio to the
 anchor times the anchor's median over all groups, so that no group profits from a quiet hour. ik_llama.cpp takes
 llama.cpp's files and its KL (the weights are the same; its own rounding of activations is not measured).
@@ -14,6 +14,7 @@ measured again. Appends to frontier.csv; draws docs/images/frontier.svg and fill
 """
 
 import statistics
+from pathlib import Path
 
 import torch
 from common import HERE, On, Rows, fill, label, options
@@ -30,6 +31,7 @@ from acttail.evaluate.llama_cpp import LlamaCppContestant, quantised
 from acttail.evaluate.speed import EngineContestant, measure
 from acttail.maths.losses import divergence, token_losses
 from acttail.model.names import resolve
+from acttail.plan import SparsityPlan
 
 WIDTHS = ("auto", "int8", "int4")
 SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6)
@@ -70,12 +72,24 @@ class Quality:
 
 
 def plans(args):
-    """(allocator, S) -> plan, calibrated on text that is not scored; of random weights `uniform`."""
+    """(allocator, S) -> plan, calibrated on text that is not scored, or kept from before; of random weights `uniform`."""
     if args.random:
         model, _ = acttail.load(args.model, dtype="fast")
         return {("uniform", s): make_plan(model, s, allocator="uniform") for s in SPARSITIES}
+    wanted = [(a, s) for a in args.allocators.split(",") for s in SPARSITIES]
+    places = (
+        {k: args.plans / f"{label(args.model)}-{k[0]}-{k[1]}.json" for k in wanted}
+        if args.plans
+        else {}
+    )
+    if places and all(p.exists() for p in places.values()):
+        return {k: SparsityPlan.load(p) for k, p in places.items()}
     model, _, context, _ = calibrated(args)
-    return {(a, s): make_plan(model, s, allocator=a, context=context) for a in args.allocators.split(",") for s in SPARSITIES}  # fmt: skip
+    found = {(a, s): make_plan(model, s, allocator=a, context=context) for a, s in wanted}
+    for key, place in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        found[key].save(place)
+    return found
 
 
 def ours(args, width, found):
@@ -117,24 +131,35 @@ def row_of(part, key, args, **values):
     return {
         "part": part, **dict(zip(KEYS, key, strict=True)), **dict.fromkeys(empty, ""), **values,
         "decode_threads": args.threads, "rounds": args.rounds if part == "speed" else "",
-        "tokens": args.tokens if part == "quality" else "",
+        "new_tokens": args.new_tokens if part == "speed" else "", "tokens": args.tokens if part == "quality" else "",
     }  # fmt: skip
 
 
 def speed(args, rows, on, source, found):
-    """Rows of speed relative to the anchor, by turns within each group, written when all groups were."""
+    """Rows of speed relative to the anchor, by turns within each group; groups that were measured are left out."""
     anchor = LlamaCppContestant(source, args.threads, 1024)
-    ratios, anchors = {}, []
+    done = rows.done(on, "part", *KEYS)
 
     def group(contestants):
-        named = {"anchor": anchor, **contestants}
-        seen = measure(named, prompt(PROMPT, vocabulary), new_tokens=NEW, rounds=args.rounds)
-        anchors.extend(seen.decode["anchor"])
-        ratios.update({key: seen.ratio(key, "anchor") for key in contestants})
+        wanted = {k: c for k, c in contestants.items() if ("speed", *map(str, k)) not in done}
+        if not wanted:
+            return
+        ids = prompt(args.prompt_tokens, args.vocabulary)
+        seen = measure(
+            {"anchor": anchor, **wanted}, ids, new_tokens=args.new_tokens, rounds=args.rounds
+        )
+        median = statistics.median(seen.decode["anchor"])
+        for key in wanted:
+            ratio = seen.ratio(key, "anchor")
+            rows.append(row_of(
+                "speed", key, args, tokens_per_second=round(ratio.median * median, 2),
+                over_anchor_median=round(ratio.median, 3), over_anchor_low=round(ratio.low, 3),
+                over_anchor_high=round(ratio.high, 3),
+            ), on)  # fmt: skip
 
     for width in args.widths.split(","):
         engines = ours(args, width, found)
-        vocabulary = next(iter(engines.values())).vocabulary
+        args.vocabulary = next(iter(engines.values())).vocabulary
         group({key: EngineContestant(engine) for key, engine in engines.items()})
         del engines
     for key, contestant, path in theirs(args, source):
@@ -150,13 +175,6 @@ def speed(args, rows, on, source, found):
             print(f"{key[1]}: {error}; without ik_llama.cpp")
             group({key: contestant})
     anchor.close()
-    median = statistics.median(anchors)
-    for key, ratio in ratios.items():
-        rows.append(row_of(
-            "speed", key, args, tokens_per_second=round(ratio.median * median, 2),
-            over_anchor_median=round(ratio.median, 3), over_anchor_low=round(ratio.low, 3),
-            over_anchor_high=round(ratio.high, 3),
-        ), on)  # fmt: skip
 
 
 PARTS = {"quality": quality, "speed": speed}
@@ -229,6 +247,18 @@ def table(rows):
     return "\n".join(lines)
 
 
+def speeds(rows):
+    """Markdown: speed alone, where weights are random and KL says nothing."""
+    lines = ["| engine | tokens/s | ÷ llama.cpp on the file as it is |", "|---|---|---|"]
+    for row in sorted(rows, key=lambda r: -r["tokens_per_second"]):
+        over = [float(row[f"over_anchor_{k}"]) for k in ("median", "low", "high")]
+        side = "" if _peer(row) else "acttail "
+        lines.append(
+            f"| {side}{named(row)} | {row['tokens_per_second']:.0f} | **{over[0]:.2f}** ({over[1]:.2f}–{over[2]:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
 def draw(models, path):
     """KL against tokens per second, a panel for each model."""
     import matplotlib
@@ -242,6 +272,8 @@ def draw(models, path):
         floor = 1e-4
         for width, colour in colours.items():
             line = frontier([r for r in rows if r["side"] == "acttail" and r["width"] == width])
+            if not line:
+                continue
             x, y = zip(*((max(float(r["kl"]), floor), float(r["tokens_per_second"])) for r in line), strict=True)  # fmt: skip
             axis.plot(x, y, "o-", color=colour, label=f"acttail {width}")
         for side, colour, mark in (("llama.cpp", "#bb5566", "s"), ("ik_llama.cpp", "#ddaa33", "^")):
@@ -266,31 +298,49 @@ def draw(models, path):
 
 
 def show(args, rows):
-    """Tables and figure from the newest rows of every model."""
-    scored = {}
+    """Tables and figure from the newest rows of every model.
+
+    A speed is the ratio to the anchor times the anchor's median over all groups.
+    """
+    scored, pages = {}, []
     for model in dict.fromkeys(r["model"] for r in rows.all()):
         quality, fast = (rows.latest(*KEYS, model=model, part=part) for part in PARTS)
-        timed = {k: {n: v for n, v in r.items() if v} for k, r in fast.items()}
-        if quality and timed:
-            # ik_llama.cpp's rows are of speed alone: it runs llama.cpp's files.
-            scored[model] = [
-                {**quality[like], **row, "side": key[0]} for key, row in timed.items()
-                if (like := key if key in quality else ("llama.cpp", *key[1:])) in quality
-            ]  # fmt: skip
-    if not scored:
+        if not fast:
+            continue
+        over = {k: float(r["over_anchor_median"]) for k, r in fast.items()}
+        anchor = statistics.median(float(r["tokens_per_second"]) / over[k] for k, r in fast.items())
+        timed = {
+            k: {n: v for n, v in r.items() if v} | {"tokens_per_second": over[k] * anchor}
+            for k, r in fast.items()
+        }
+        if not quality:
+            pages.append(f"**{model}**, speed alone\n\n{speeds(list(timed.values()))}")
+            continue
+        # ik_llama.cpp's rows are of speed alone: it runs llama.cpp's files.
+        scored[model] = [
+            {**quality[like], **row, "side": key[0]} for key, row in timed.items()
+            if (like := key if key in quality else ("llama.cpp", *key[1:])) in quality
+        ]  # fmt: skip
+        pages.append(f"**{model}**\n\n{table(scored[model])}")
+    if not pages:
         return
-    pages = [f"**{model}**\n\n{table(found)}" for model, found in scored.items()]
     fill(args.out, "docs/performance.md", "frontier", "\n\n".join(pages))
-    draw(scored, (HERE.parent / "docs" / "images" if args.out == HERE else args.out) / "frontier.svg")  # fmt: skip
+    if scored:
+        draw(scored, (HERE.parent / "docs" / "images" if args.out == HERE else args.out) / "frontier.svg")  # fmt: skip
 
 
 def main():
     parser = options(__doc__, "model", "text", "calibration", "table", rounds=7, tokens=2048)
     parser.add_argument("--gguf-bench", help="a llama-bench of ik_llama.cpp; left out without")
     parser.add_argument("--allocators", default=ALLOCATORS)
+    parser.add_argument(
+        "--plans", type=Path, metavar="FOLDER", help="keeps the plans, which take minutes"
+    )
     parser.add_argument("--widths", default=",".join(WIDTHS))
     parser.add_argument("--peers", default=",".join((AS_IT_IS, *PEERS)), help="their quantisations")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--new-tokens", type=int, default=NEW)
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--random", action="store_true", help="uniform plans and speed alone: for random weights")  # fmt: skip
     args = parser.parse_args()

@@ -1,31 +1,38 @@
 """The server under load: many streaming clients for two minutes; errors, memory, percentiles.
 
 Starts `acttail serve smollm2-135m` on a port of loopback and drives it with the official openai client, which runs
-on the same cores. With `--revision` an older revision serves by turns with this tree. Appends to serve_load.csv and
-fills the table of docs/howto/serving.md.
+on the same cores. With `--revision` an older revision serves by turns with this tree, with `--llama-server` llama.cpp's
+server of the same model in Q8_0 with as many slots. Appends to serve_load.csv and fills the table of docs/howto/serving.md.
 
     python benchmarks/serve_load.py [--clients 64] [--seconds 120] [--dtype int8] [--sparsity 0.5] [--slots 64]
-        [--revision REV [--tree FOLDER] [--old-slots 8] [--rounds 1]] [--table-only]
+        [--revision REV [--tree FOLDER] [--old-slots 8]] [--llama-server PATH] [--rounds 1] [--table-only]
 """
 
 import asyncio
 import itertools
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 from common import HERE, On, Rows, fill, label, options
 from revisions import checked_out
 
 import acttail
+from acttail.evaluate.llama_cpp import quantised
+from acttail.model.names import resolve
 
 NEW_TOKENS = 24
+# llama-server shares a context among its slots; a question and its answer take a tenth of this.
+THEIR_WIDTH, THEIR_CONTEXT = "Q8_0", 512
 # Settling: caches of the allocator and lazily loaded code are there after the first requests.
 SETTLE_SECONDS = 15
 
@@ -95,8 +102,9 @@ main()
 """
 
 
-def serve_once(args, source, slots):
-    """What the clients of one server saw; the package of a source tree, or of this one."""
+@contextmanager
+def ours(args, source, slots):
+    """(url, process) of the package of a source tree, or of this one."""
     with tempfile.TemporaryDirectory() as folder:
         more = []
         if args.sparsity:
@@ -110,44 +118,82 @@ def serve_once(args, source, slots):
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
         try:
             url = next(line.split()[-1] for line in server.stderr if line.startswith("API"))
-            name = Path(args.model).name
-            process = psutil.Process(server.pid)
-            seen = asyncio.run(drive(url, name, args.clients, args.seconds, process))
+            yield url, server
         finally:
             server.terminate()
-            seen_status = server.wait(30)
-    return seen | {"status": seen_status}
+            server.wait(30)
+
+
+@contextmanager
+def theirs(args):
+    """(url, process) of llama-server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = quantised(resolve(args.model).gguf, f"MOSTLY_{THEIR_WIDTH}")
+    command = [args.llama_server, "-m", str(path), "-np", str(args.slots), "-c", str(args.slots * THEIR_CONTEXT),
+               "-t", str(args.threads), "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        base = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                if httpx.get(f"{base}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        else:
+            raise SystemExit("llama-server does not answer")
+        yield f"{base}/v1", server
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def serve_once(args, started):
+    """What the clients of one server saw."""
+    with started as (url, server):
+        process = psutil.Process(server.pid)
+        seen = asyncio.run(drive(url, Path(args.model).name, args.clients, args.seconds, process))
+    return seen | {"status": server.returncode}
 
 
 def measure(args, rows):
-    trees = {"": (None, args.slots)}
-    with tempfile.TemporaryDirectory() as folder:
+    own = {
+        "dtype": args.dtype,
+        "sparsity": args.sparsity,
+        "clients": args.clients,
+        "slots": args.slots,
+    }
+    servers = {"": (lambda: ours(args, None, args.slots), own)}
+    if args.llama_server:
+        servers["llama-server"] = (
+            lambda: theirs(args),
+            own | {"dtype": THEIR_WIDTH, "sparsity": 0.0},
+        )
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as after:
         if args.revision:
-            source = (
-                args.tree / "src" if args.tree else checked_out(args.revision, Path(folder) / "old")
-            )
-            trees = {args.revision: (source, args.old_slots)} | trees
+            place = Path(folder) / "old"
+            source = args.tree / "src" if args.tree else checked_out(args.revision, place)
+            servers = {
+                args.revision: (
+                    lambda: ours(args, source, args.old_slots),
+                    own | {"slots": args.old_slots},
+                )
+            } | servers
+            if not args.tree:
+                gone = ["git", "-C", str(HERE.parent), "worktree", "remove", "--force", str(place)]
+                after.callback(subprocess.run, gone, check=False)
         for i in range(args.rounds):
-            for revision in list(trees)[:: 1 if i % 2 == 0 else -1]:
-                source, slots = trees[revision]
-                note(args, rows, revision, slots, serve_once(args, source, slots))
-        if args.revision and not args.tree:
-            gone = [
-                "git",
-                "-C",
-                str(HERE.parent),
-                "worktree",
-                "remove",
-                "--force",
-                str(Path(folder) / "old"),
-            ]
-            subprocess.run(gone, check=False)
+            for name in list(servers)[:: 1 if i % 2 == 0 else -1]:
+                start, what = servers[name]
+                note(args, rows, {"revision": name} | what, serve_once(args, start()))
 
 
-def note(args, rows, revision, slots, seen):
+def note(args, rows, what, seen):
     rows.append({
-        "revision": revision, "dtype": args.dtype, "sparsity": args.sparsity, "clients": args.clients, "slots": slots,
-        "new_tokens": NEW_TOKENS, "seconds": round(seen["seconds"], 1), "requests": seen["requests"],
+        **what, "new_tokens": NEW_TOKENS, "seconds": round(seen["seconds"], 1), "requests": seen["requests"],
         "errors": len(seen["errors"]), "tokens_per_second": round(seen["tokens"] / seen["seconds"], 1),
         **{f"first_token_p{p}": round(percentile(seen["first"], p / 100), 3) for p in (50, 95, 99)},
         **{f"token_p{p}": round(percentile(seen["gaps"], p / 100), 4) for p in (50, 95, 99)},
@@ -184,6 +230,7 @@ def main():
     parser.add_argument("--revision", default="", help="an older one, by turns with this tree")
     parser.add_argument("--tree", type=Path, help="where it is checked out and compiled already")
     parser.add_argument("--old-slots", type=int, default=8, help="of the older one")
+    parser.add_argument("--llama-server", metavar="PATH", help="llama.cpp's server, by turns too")
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     rows = Rows("serve_load", args.out)

@@ -56,7 +56,7 @@ def test_each_claim_has_one_script_and_one_csv():
     assert set(SCRIPTS) - claims <= {
         "gpu_decode",
         "gpu_kernels",
-        "frontier",
+        "forecast",
         "adapt",
     }  # not measured yet
 
