@@ -32,6 +32,8 @@ enum acttail_activation {
 //   2 L + 1 the upper's. Two: byte 16 (L % 2) + 4 u + e of 32 holds them at bits 4 (L / 2) and 4 (L / 2) + 2.
 // - K formats: weight = scale * sub_scale * level - minimum * sub_minimum, scale and minimum [rows / 256]
 //   [columns]. Others: scale * level + minimum. Levels without minima count from the middle.
+// Numbers of groups are rounded up: the last of each may be shorter. Our own four bits (acttail_fit) are Q4_K with
+// scales and minima of seven bits within a super-block instead of six.
 struct acttail_matrix {
   int32_t format;  // 0 fp32, 1 bf16, 2 int8, 3 int4, 4 Q4_K, 5 Q5_K, 6 Q6_K, 7 Q5_0, 8 Q5_1 (formats.hpp)
   int32_t group;   // inputs that share a scale; 0 without scales
@@ -203,6 +205,10 @@ ACTTAIL_API int acttail_transcode(const struct acttail_matrix* m, int64_t column
 // BF16) into an output-major int8 matrix with a scale for every 32 inputs; inputs are a multiple of a block and of 32.
 ACTTAIL_API int acttail_refit(const struct acttail_matrix* m, int64_t inputs, int32_t type, const void* blocks,
                               int threads);
+// Fits floats [outputs][rows] to four bits, into columns `column` .. of a Q4_K matrix of any number of rows, whose
+// arrays must be writable; `column` is a multiple of 128, and what is left of the last block becomes zeros.
+ACTTAIL_API int acttail_fit(const struct acttail_matrix* m, int64_t column, const float* values, int64_t outputs,
+                            int threads);
 // y = W x of an output-major matrix; x is [columns], y [rows].
 ACTTAIL_API int acttail_dot_rows(const struct acttail_matrix* m, const float* x, float* y);
 

@@ -33,7 +33,7 @@ constexpr FormatTraits kFormatTraits[kFormats] = {
     {16, false, false},                               // bf16
     {8, true, false},                                 // int8
     {4, true, true},                                  // int4: 0 to 15 with a minimum, -8 to 7 without
-    {4, true, true, 128, 0, 0, 256, 32, 15 * 63},     // Q4_K
+    {4, true, true, 128, 0, 0, 256, 32, 15 * 127},    // Q4_K, and ours (fit.hpp)
     {4, true, true, 128, 1, 0, 256, 32, 31 * 63},     // Q5_K
     {4, true, false, 128, 2, 32, 256, 16, 32 * 128},  // Q6_K
     {4, true, false, 128, 1, 16, 32, 0, 0},           // Q5_0
@@ -75,7 +75,7 @@ static inline bool usable(const Matrix& m) {
   if (traits.scaled && (m.group < 1 || m.scale == nullptr)) return false;
   if (of_file(m.format)) {
     const bool minimum = m.minimum != nullptr, sub_minimum = m.sub_minimum != nullptr;
-    return m.group == traits.group && m.rows % traits.group == 0 && minimum == traits.minimum &&
+    return m.group == traits.group && minimum == traits.minimum &&
            (m.plane != nullptr) == (traits.plane > 0) && (m.sub_scale != nullptr) == (traits.sub > 0) &&
            sub_minimum == (traits.minimum && traits.sub > 0);
   }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention.hpp"
+#include "fit.hpp"
 #include "formats.hpp"
 
 namespace acttail {

@@ -18,6 +18,16 @@
 #define ACTTAIL_PAIRS
 #endif
 
+#define ACTTAIL_JOIN_(a, b) a##b
+#define ACTTAIL_JOIN(a, b) ACTTAIL_JOIN_(a, b)
+#define ACTTAIL_TEXT_(a) #a
+#define ACTTAIL_TEXT(a) ACTTAIL_TEXT_(a)
+
+namespace acttail {
+// Of fit_isa.cpp.
+void ACTTAIL_JOIN(fit_columns_, ACTTAIL_ISA)(const float* x, int64_t inputs, FitBlock& out);
+}  // namespace acttail
+
 namespace {
 using namespace acttail;
 #include "topk_rows.inc"
@@ -45,10 +55,7 @@ using namespace acttail;
 #include "add_together.inc"
 #include "attention.inc"
 
-#define ACTTAIL_JOIN_(a, b) a##b
-#define ACTTAIL_JOIN(a, b) ACTTAIL_JOIN_(a, b)
-#define ACTTAIL_TEXT_(a) #a
-#define ACTTAIL_TEXT(a) ACTTAIL_TEXT_(a)
+constexpr auto fit_block = ACTTAIL_JOIN(fit_columns_, ACTTAIL_ISA);
 
 constexpr Kernels filled() {
   Kernels table{};

@@ -19,29 +19,10 @@ using acttail::Matrix;
 
 constexpr int kGroup = 32;
 
-// Round to nearest even, as hardware does; an overflow is an infinity.
-uint16_t to_half(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000u;
-  bits &= 0x7FFFFFFFu;
-  if (bits > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
-  if (bits >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);
-  if (bits < 0x38800000u) {  // subnormal: a sum puts the last bit that counts at the float's own last bit
-    float magnitude;
-    std::memcpy(&magnitude, &bits, sizeof magnitude);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, sizeof bits);
-    return static_cast<uint16_t>(sign | (bits - 0x3F000000u));
-  }
-  bits += 0xFFFu + (bits >> 13 & 1u);
-  return static_cast<uint16_t>(sign | (bits - 0x38000000u) >> 13);
-}
-
 void fit(const float* x, int8_t* level, uint16_t* scale) {
   float high = 0;
   for (int i = 0; i < kGroup; ++i) high = std::max(high, std::fabs(x[i]));
-  *scale = to_half(high / 127);
+  *scale = float_to_half(high / 127);
   const float divisor = std::max(half_to_float(*scale), 1e-30f);
   constexpr float round = 12582912.0f;  // adding it leaves whole numbers, rounded to even
   for (int i = 0; i < kGroup; ++i) {

@@ -32,6 +32,10 @@ inline F min(F x, F y) {
 inline F max(F x, F y) {
   return {vbslq_f32(vcgtq_f32(x.a, y.a), x.a, y.a), vbslq_f32(vcgtq_f32(x.b, y.b), x.b, y.b)};
 }
+// Of x where a < b, of y elsewhere, NaN included.
+inline F less(F a, F b, F x, F y) {
+  return {vbslq_f32(vcltq_f32(a.a, b.a), x.a, y.a), vbslq_f32(vcltq_f32(a.b, b.b), x.b, y.b)};
+}
 inline F fma(F x, F y, F z) { return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b)}; }
 inline F round(F x) { return {vrndnq_f32(x.a), vrndnq_f32(x.b)}; }
 

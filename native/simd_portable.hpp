@@ -51,6 +51,10 @@ inline F min(F a, F b) {
 inline F max(F a, F b) {
   return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
+// Of x where a < b, of y elsewhere, NaN included.
+inline F less(F a, F b, F x, F y) {
+  return each([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
+}
 inline F fma(F a, F b, F c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }

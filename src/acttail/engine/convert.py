@@ -14,13 +14,13 @@ from acttail.base.controls import clean
 from acttail.base.progress import Progress
 from acttail.engine.blocks import padded
 from acttail.engine.config import EngineConfig
-from acttail.engine.formats import DEFAULT, Format, format_of_kind, weight_format
+from acttail.engine.formats import DEFAULT, Format, format_of_kind, projection_format, weight_format
 from acttail.engine.layout import FUSED, HEAD_BIAS, HEAD_MATRIX, POSITIONS, Layout, Segment, Sizes
 from acttail.engine.packing import pack, unpack
 from acttail.engine.shapes import Shape, shape_for
 from acttail.engine.spec import DecoderSpec, bias_of
 from acttail.engine.store import Packed, allocate, write_folder
-from acttail.engine.transcode import put_blocks, put_table, takes_table
+from acttail.engine.transcode import put_blocks, put_floats, put_table, takes_table
 from acttail.errors import ActTailError, ModelError
 from acttail.model.gguf import GgufWeights
 from acttail.model.gguf_blocks import KINDS, BlockKind
@@ -66,7 +66,8 @@ class Conversion:
         self._order = plan if ordered else None
         self.spec, self.weights, self.plan, self.group = spec, weights, plan, config.group
         self.by_name = {p.name: p for p in weights.projections}
-        self.form, self.own_widths = config.weights, config.own_widths
+        self.form = projection_format(config.weights, config.group)
+        self.own_widths = config.own_widths
         if self.own_widths and self.group is not None and isinstance(weights, GgufWeights):
             raise ActTailError(
                 "a GGUF's scales stay as they are unless a dtype is named: leave out group, or name one"
@@ -90,7 +91,7 @@ class Conversion:
             shapes[HEAD_MATRIX], segments[HEAD_MATRIX] = self._head_by_inputs(head)
         elif spec.head != spec.embedding:
             shapes[HEAD_MATRIX] = table
-        default = self.form.name
+        default = config.weights.name
         if config.own_widths:
             # The format of most of the weights stands for the model.
             total: Counter[str] = Counter()
@@ -212,6 +213,12 @@ class Conversion:
             return None
         return found if self.group in (None, found.entries) else None
 
+    def _taken(self, projection: Projection, shape: Shape) -> bool:
+        """Whether a GGUF's own blocks of a projection are taken as they are."""
+        kind = self._kind(projection)
+        alike = kind is not None and (kind.entries, kind.minimum) == (shape.group, shape.asymmetric)
+        return alike and kind is not None and kind.name in shape.format.gguf
+
     def _kind(self, projection: Projection) -> BlockKind | None:
         """The kind of a GGUF's own blocks of a matrix; None for any other."""
         if not isinstance(self.weights, GgufWeights):
@@ -307,12 +314,13 @@ class Conversion:
         if name not in self.layout.segments:
             self._table(self.spec.embedding if name == "embedding" else self.spec.head, shape, into)
             return
-        segments = self.layout.segments[name]
-        stored = self._stored_kind(segments, shape.format.gguf) is not None
-        for s in segments:
+        for s in self.layout.segments[name]:
             projection = self.by_name[s.name]
-            if stored and isinstance(self.weights, GgufWeights):
+            if self._taken(projection, shape) and isinstance(self.weights, GgufWeights):
                 put_blocks(self.weights.stored(projection), shape, into, s.begin)
+                continue
+            if shape.format.fixed_group is not None:
+                put_floats(self.weights.weight(projection), shape, into, s.begin)
                 continue
             own = replace(shape, columns=s.end - s.begin)
             for suffix, packed in pack(self.weights.weight(projection), own).items():

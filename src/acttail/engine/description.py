@@ -79,7 +79,7 @@ def _check_shape(name: str, shape: Shape) -> None:
     whole = shape.columns if shape.output_major else shape.rows
     fixed = form.fixed_group
     if fixed is not None:
-        grouped = shape.group == fixed and shape.rows % fixed == 0 and not shape.output_major
+        grouped = shape.group == fixed and not shape.output_major
     elif form.group is None:
         grouped = shape.group == 0
     else:

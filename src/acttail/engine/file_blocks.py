@@ -1,7 +1,7 @@
-"""Codec of the formats that a GGUF file's own blocks have: every number kept, in the engine's order.
+"""Codec of the formats that a GGUF file's own blocks have, in the engine's order.
 
-Native code puts blocks in order (native/transcode.cpp); nothing becomes one of these formats in any other way.
-native/engine.h describes the arrays.
+Native code puts blocks in order (native/transcode.cpp) and fits floats to Q4_K (native/fit.cpp); nothing becomes one
+of these formats in any other way. native/engine.h describes the arrays.
 """
 
 from dataclasses import dataclass
@@ -42,24 +42,27 @@ class FileBlocks:
         return 4 + self.plane
 
     def stored(self, rows: int, columns: int, sharing: Sharing) -> Stored:
-        """See :class:`acttail.engine.codecs.Codec`; what is shared is the format's own."""
+        """See :class:`acttail.engine.codecs.Codec`; what is shared is the format's own.
+
+        The last of the rows that share something may be fewer.
+        """
         found: Stored = {
             "weight": (torch.uint8, (rows, columns // 2)),
-            "scale": (torch.float16, (rows // self.group, columns)),
+            "scale": (torch.float16, (-(-rows // self.group), columns)),
         }
         if self.minimum:
             found["minimum"] = found["scale"]
         if self.plane:
             found["plane"] = torch.uint8, (rows, columns * self.plane // 8)
         if self.sub:
-            found["sub_scale"] = torch.uint8, (rows // self.sub, columns)
+            found["sub_scale"] = torch.uint8, (-(-rows // self.sub), columns)
             if self.minimum:
-                found["sub_minimum"] = torch.uint8, (rows // _MINIMA, columns * 4)
+                found["sub_minimum"] = torch.uint8, (-(-rows // _MINIMA), columns * 4)
         return found
 
     def pack(self, values: torch.Tensor, sharing: Sharing) -> Tensors:
-        """See :class:`acttail.engine.codecs.Codec`: these formats hold nothing but a file's blocks."""
-        raise TypeError("floats are not fitted to a GGUF file's own formats")
+        """See :class:`acttail.engine.codecs.Codec`: native code alone writes these formats."""
+        raise TypeError("native code writes the formats of blocks: see acttail.engine.transcode")
 
     def unpack(self, tensors: Tensors, sharing: Sharing) -> torch.Tensor:
         """See :class:`acttail.engine.codecs.Codec`."""
@@ -80,12 +83,12 @@ class FileBlocks:
         levels = levels.transpose(3, 4).reshape(rows, columns).float() - self.zero
 
         def spread(name: str, inputs: int) -> torch.Tensor:
-            return tensors[name].float().repeat_interleave(inputs, 0)
+            return tensors[name].float().repeat_interleave(inputs, 0)[:rows]
 
         scale = spread("scale", self.group)
         if self.sub:
             kept = tensors["sub_scale"] if self.minimum else tensors["sub_scale"].view(torch.int8)
-            scale = scale * kept.float().repeat_interleave(self.sub, 0)
+            scale = scale * kept.float().repeat_interleave(self.sub, 0)[:rows]
         values = scale * levels
         if not self.minimum:
             return values
@@ -93,4 +96,4 @@ class FileBlocks:
         if not self.sub:
             return values + minimum
         four = tensors["sub_minimum"].reshape(-1, columns, 4).transpose(1, 2).reshape(-1, columns)
-        return values - minimum * four.float().repeat_interleave(_MINIMA // 4, 0)
+        return values - minimum * four.float().repeat_interleave(_MINIMA // 4, 0)[:rows]

@@ -38,6 +38,7 @@ class Format:
         kv: the default format of the KV cache beside it.
         llama_cpp: llama.cpp's file type of the same width.
         columns: its matrices' columns come in blocks of this many.
+        projections: the stored format that projections become where no group is asked for; None for this one.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Format:
     kv: str
     llama_cpp: str
     columns: int = BLOCK
+    projections: str | None = None
 
     @property
     def bits(self) -> int:
@@ -82,7 +84,7 @@ class Format:
 
 # group: a sweep over kept int8 rows may not cross from one scale to the next, so one per output decodes a
 # tenth faster than groups do, for a KL to fp32 of 0.003 instead of 0.001 with groups of 32
-# (benchmarks/quantisation.csv). int4 needs 32.
+# (benchmarks/quantisation.csv). int4 needs 32, and has them in super-blocks unless it is asked for a group.
 # head: read whole for every token, and the loss is not measurable: KL 5e-5 with int8 groups of 32 where
 # bf16 itself has 7e-5 (SmolLM2-135M, docs/performance.md).
 # prefill_tokens: below this a pass of matrix products costs more, and the more so where weights must be
@@ -106,6 +108,7 @@ FORMATS = {
         Format(
             "int4", 3, INT4, group=32, head_group=32, minimum=True, gguf=("Q4_0", "Q4_1"),
             compute=torch.bfloat16, prefill_tokens=22, head="int8", kv="bf16", llama_cpp="MOSTLY_Q4_0",
+            projections="q4_k",
         ),
     )
 }  # fmt: skip
@@ -122,7 +125,7 @@ def _of_file(
     )  # fmt: skip
 
 
-# What nothing is converted to but a GGUF file's own blocks; see AUTO.
+# The formats of a GGUF file's own blocks; see AUTO. Nobody asks for one by its name; int4 becomes Q4_K.
 FILE_FORMATS = {
     row.name: row
     for row in (
@@ -144,6 +147,11 @@ def stored_format(name: str) -> Format:
         ActTailError: there is none.
     """
     return FILE_FORMATS.get(name) or weight_format(name)
+
+
+def projection_format(form: Format, group: int | None) -> Format:
+    """The format that projections are stored in where a format, and maybe a group, is asked for."""
+    return form if form.projections is None or group is not None else stored_format(form.projections)
 
 
 def format_of_kind(kind: str) -> Format | None:

@@ -95,9 +95,10 @@ def shape_for(
         dtype: name of a weight format.
         d_in: input features.
         d_out: output features; each fused part already padded to blocks.
-        group: inputs per scale; None for the format's default, 0 for one scale per output.
+        group: inputs per scale; None for the format's default, 0 for one scale per output. A format of blocks has
+            its own.
         output_major: layout.
-        asymmetric: keep minima; None for the format's default.
+        asymmetric: keep minima; None for the format's default. A format of blocks has its own.
 
     Raises:
         ActTailError: an unknown format, or a group that is not a multiple of 32.
@@ -109,6 +110,8 @@ def shape_for(
         return Shape(form.name, rows, columns, 0, False, output_major)
     group = form.group if group is None else group
     check_group(group)
+    if form.fixed_group is not None:
+        return Shape(form.name, rows, columns, form.fixed_group, form.minimum, output_major)
     whole = columns if output_major else rows
     asymmetric = form.minimum if asymmetric is None else asymmetric
     return Shape(form.name, rows, columns, min(group, whole) or whole, asymmetric, output_major)

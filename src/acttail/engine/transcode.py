@@ -1,4 +1,4 @@
-"""A GGUF file's own matrices into packed ones, by native code straight from the mapped file."""
+"""What native code packs: a GGUF file's own matrices, straight from the mapped file, and floats as blocks of four bits."""
 
 import ctypes
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from acttail.engine.codecs import INT8
+from acttail.engine.file_blocks import COLUMNS
 from acttail.engine.shapes import Shape
 from acttail.errors import ActTailError
 from acttail.model.gguf_blocks import KINDS, StoredMatrix
@@ -20,6 +21,8 @@ _TABLES = {GgmlType[name] for name in KINDS} | {
 _GROUP = 32
 # Of the file's tables are in memory at a time.
 _TABLE_BYTES = 16 << 20
+# Floats of another type become float32 this many at a time.
+_FIT_ENTRIES = 1 << 24
 
 
 def matrix_struct(tensors: Mapping[str, torch.Tensor], shape: Shape) -> abi.Matrix:
@@ -49,8 +52,32 @@ def put_blocks(
         ctypes.byref(matrix_struct(tensors, shape)), begin, int(stored.type), stored.data.ctypes.data,
         len(stored.data), order.data_ptr() if order is not None else None, torch.get_num_threads(),
     )  # fmt: skip
-    _check(code, stored)
+    _check(code, f"{stored.type.name} matrix")
     stored.release(0, stored.data.nbytes)
+
+
+def put_floats(
+    weight: torch.Tensor, shape: Shape, tensors: Mapping[str, torch.Tensor], begin: int = 0
+) -> None:
+    """Fit floats to four bits in super-blocks, into some columns of a matrix.
+
+    Args:
+        weight: [d_out, d_in], any float dtype.
+        shape: of format q4_k, with d_in rows.
+        tensors: of :meth:`Shape.tensors`, which are written to.
+        begin: the first of its columns.
+
+    Raises:
+        ActTailError: native code refuses the matrix, or there is none.
+    """
+    struct, (d_out, d_in) = matrix_struct(tensors, shape), weight.shape
+    step = max(COLUMNS, _FIT_ENTRIES // d_in // COLUMNS * COLUMNS)
+    for first in range(0, d_out, step):
+        values = weight[first : first + step].float().contiguous()
+        code = _library().acttail_fit(
+            ctypes.byref(struct), begin + first, values.data_ptr(), len(values), torch.get_num_threads()
+        )  # fmt: skip
+        _check(code, f"matrix of {d_out} by {d_in}")
 
 
 def takes_table(stored: StoredMatrix, shape: Shape) -> bool:
@@ -83,7 +110,7 @@ def put_table(stored: StoredMatrix, shape: Shape, tensors: Mapping[str, torch.Te
             ctypes.byref(matrix_struct(part, replace(shape, rows=rows))), stored.inputs, int(stored.type),
             stored.data[first:].ctypes.data, torch.get_num_threads(),
         )  # fmt: skip
-        _check(code, stored)
+        _check(code, f"{stored.type.name} matrix")
         stored.release(first * row_bytes, (first + rows) * row_bytes)
 
 
@@ -91,9 +118,9 @@ def _library() -> ctypes.CDLL:
     try:
         return cpu.library()
     except RuntimeError as error:
-        raise ActTailError(f"the file's own blocks need native code: {error}") from error
+        raise ActTailError(f"blocks of four bits and more need native code: {error}") from error
 
 
-def _check(code: int, stored: StoredMatrix) -> None:
+def _check(code: int, what: str) -> None:
     if code:
-        raise ActTailError(f"native code took no {stored.type.name} matrix: {abi.reason(code)}")
+        raise ActTailError(f"native code took no {what}: {abi.reason(code)}")

@@ -6,7 +6,7 @@ Knows nothing of models. :func:`mismatch` compares every mirror with the library
 import ctypes
 from typing import Any
 
-VERSION = 11
+VERSION = 12
 _pointer, _int, _i32, _i64, _f32 = (
     ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_int64, ctypes.c_float,
 )  # fmt: skip
@@ -103,6 +103,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "acttail_transcode": (_int, [_matrix, _i64, _i32, _pointer, _i64, _pointer, _int]),
     "acttail_refit": (_int, [_matrix, _i64, _i32, _pointer, _int]),
+    "acttail_fit": (_int, [_matrix, _i64, _pointer, _i64, _int]),
     "acttail_dot_rows": (_int, [_matrix, _pointer, _pointer]),
     "acttail_engine_new": (_int, [ctypes.POINTER(Model), _int, ctypes.POINTER(_pointer)]),
     "acttail_engine_free": (None, [_pointer]),
