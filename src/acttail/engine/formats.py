@@ -151,7 +151,9 @@ def stored_format(name: str) -> Format:
 
 def projection_format(form: Format, group: int | None) -> Format:
     """The format that projections are stored in where a format, and maybe a group, is asked for."""
-    return form if form.projections is None or group is not None else stored_format(form.projections)
+    return (
+        form if form.projections is None or group is not None else stored_format(form.projections)
+    )
 
 
 def format_of_kind(kind: str) -> Format | None:
