@@ -75,7 +75,9 @@ static inline bool usable(const Matrix& m) {
   if (traits.scaled && (m.group < 1 || m.scale == nullptr)) return false;
   if (of_file(m.format)) {
     const bool minimum = m.minimum != nullptr, sub_minimum = m.sub_minimum != nullptr;
-    return m.group == traits.group && minimum == traits.minimum &&
+    // What is fitted to Q4_K may end in a short super-block; blocks of files are whole.
+    const bool whole = m.rows % traits.group == 0 || m.format == kQ4K;
+    return m.group == traits.group && whole && minimum == traits.minimum &&
            (m.plane != nullptr) == (traits.plane > 0) && (m.sub_scale != nullptr) == (traits.sub > 0) &&
            sub_minimum == (traits.minimum && traits.sub > 0);
   }

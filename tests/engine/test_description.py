@@ -105,11 +105,19 @@ def test_a_file_s_own_blocks_keep_their_groups():
     for other in (
         replace(shape, dtype="q6_k", group=256, columns=128),
         replace(shape, dtype="q5_0", group=32, columns=128, rows=48),
+        replace(shape, dtype="q4_k", group=32, columns=128, asymmetric=True),
     ):
         data = layout.to_dict()
         data["shapes"]["blocks.0.o"] = asdict(other)
         with pytest.raises(ActTailError, match=r"blocks\.0\.o is no matrix of the format q"):
             read_layout(data)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_int4_of_before_super_blocks_is_read(version):
+    layout = layout_of("llama", "int4", group=32)
+    assert {s.dtype for n, s in layout.shapes.items() if "." in n} == {"int4"}
+    assert read_layout(layout.to_dict() | {"version": version}) == layout
 
 
 @pytest.fixture

@@ -318,6 +318,39 @@ def test_bytes_are_those_of_each_matrix(file):
     assert bytes_per_token(engine, 5) == pytest.approx(stored + kv)
 
 
+def test_int4_takes_blocks_of_its_own_form_and_fits_the_rest(file):
+    engine, weights = engine_of(file, "int4")
+    layout = engine.packed.layout
+    assert layout.dtype == "int4"
+    assert {layout.shapes[name].dtype for name in layout.segments} == {"q4_k"}
+    by_name = {p.name: p for p in weights.projections}
+    same = set()
+    for name, values in dequantised_state(engine.packed).items():
+        weight = weights.weight(by_name[name])
+        if torch.equal(values, weight):
+            same |= weights.stored_types(by_name[name])
+            continue
+        assert weights.stored_types(by_name[name]) != {"Q4_K"}, name
+        assert float((values - weight).square().sum() / weight.square().sum()) <= 0.01, name
+    assert same == {"Q4_K"}
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_int4_in_groups_takes_a_files_groups(tmp_path, tokenizer, kind):
+    write_gguf(tmp_path / "tiny.gguf", blocky(), kind, tokenizer)
+    groups, fitted = (
+        Engine.from_pretrained(tmp_path / "tiny.gguf", native=True, dtype="int4", group=group)
+        for group in (32, None)
+    )
+    own = Engine.from_pretrained(tmp_path / "tiny.gguf", native=True)
+    expected = dequantised_state(own.packed)
+    for name, values in dequantised_state(groups.packed).items():
+        assert torch.equal(values, expected[name]), name
+    shapes = fitted.packed.layout.shapes
+    assert {shapes[name].dtype for name in fitted.packed.layout.segments} == {"q4_k"}
+    assert fitted.packed.layout.dtype == groups.packed.layout.dtype == "int4"
+
+
 def test_formats_of_files_are_not_asked_for():
     for name in FILE_FORMATS:
         with pytest.raises(ActTailError, match="unknown engine dtype"):

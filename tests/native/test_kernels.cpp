@@ -1,6 +1,8 @@
 // Every kernel of every instruction set that this CPU has, against float64 and against the portable one.
 #include <cstdio>
+#include <cstring>
 #include <functional>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 
@@ -140,26 +142,31 @@ void rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs, int
   }
 }
 
-// A matrix in a format of GGUF files, transcoded from random blocks under small scales.
+// A matrix in a format of GGUF files: transcoded from random blocks under small scales, or fitted to random weights.
 struct FileMatrix {
   std::vector<uint8_t> data, plane, sub_scale, sub_minimum, blocks;
   std::vector<uint16_t> scale, minimum;
   acttail_matrix matrix{};
   int status;
 
-  FileMatrix(int32_t format, int64_t inputs, int64_t outputs) {
+  FileMatrix(int32_t format, int64_t inputs, int64_t outputs, bool fitted) {
     const FormatTraits& traits = kFormatTraits[format];
     const int64_t columns = (outputs + traits.block - 1) / traits.block * traits.block;
     const auto size = [](int64_t n) { return static_cast<size_t>(n); };
+    const auto groups = [&](int64_t group) { return (inputs + group - 1) / group; };
     data.resize(size(inputs * columns / 2));
     plane.resize(size(inputs * columns * traits.plane / 8));
-    scale.resize(size(inputs / traits.group * columns));
+    scale.resize(size(groups(traits.group) * columns));
     if (traits.minimum) minimum.resize(scale.size());
-    if (traits.sub) sub_scale.resize(size(inputs / traits.sub * columns));
-    if (traits.sub && traits.minimum) sub_minimum.resize(size(inputs / 32 * columns));
+    if (traits.sub) sub_scale.resize(size(groups(traits.sub) * columns));
+    if (traits.sub && traits.minimum) sub_minimum.resize(size(groups(128) * columns * 4));
     const auto pointer = [](auto& array) { return array.empty() ? nullptr : array.data(); };
     matrix = {format,         traits.group,     inputs,         columns,           data.data(),
               scale.data(),   pointer(minimum), pointer(plane), pointer(sub_scale), pointer(sub_minimum)};
+    if (fitted) {
+      status = acttail_fit(&matrix, 0, random_floats(inputs * outputs, 9).data(), outputs, 2);
+      return;
+    }
     constexpr int64_t bytes[] = {144, 176, 210, 22, 24};
     blocks.resize(size(outputs * inputs / traits.group * bytes[format - kQ4K]));
     for (size_t i = 0; i < blocks.size(); ++i) {
@@ -171,9 +178,9 @@ struct FileMatrix {
   }
 };
 
-void file_rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs) {
-  const FileMatrix file(format, inputs, outputs);
-  expect(file.status == ACTTAIL_OK, "transcode", outputs);
+void file_rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs, bool fitted = false) {
+  const FileMatrix file(format, inputs, outputs, fitted);
+  expect(file.status == ACTTAIL_OK, fitted ? "fit" : "transcode", outputs);
   const Matrix& m = file.matrix;
   const size_t width = static_cast<size_t>(m.columns);
   Floats row(width), same(width);
@@ -412,6 +419,22 @@ void attention(const Kernels& k, int32_t format, int64_t width, int64_t length, 
   }
 }
 
+// A fit is the same, bit for bit, whatever set it is made with.
+void fits(const Kernels& k, int64_t inputs) {
+  const Floats x = random_floats(inputs * kFitColumns, 10);
+  auto got = std::make_unique<FitBlock>(), plain = std::make_unique<FitBlock>();
+  k.fit_block(x.data(), inputs, *got);
+  portable->fit_block(x.data(), inputs, *plain);
+  const auto same = [](const auto& a, const auto& b, int64_t rows) {
+    return std::memcmp(a, b, sizeof a[0] * static_cast<size_t>(rows)) == 0;
+  };
+  const int64_t groups = (inputs + kFitGroup - 1) / kFitGroup;
+  expect(same(got->level, plain->level, inputs) && same(got->sub_scale, plain->sub_scale, groups) &&
+             same(got->sub_minimum, plain->sub_minimum, groups) && same(got->scale, plain->scale, kFitColumns) &&
+             same(got->minimum, plain->minimum, kFitColumns),
+         "fit_block", inputs);
+}
+
 }  // namespace
 
 int main() {
@@ -428,6 +451,10 @@ int main() {
     expect(std::strcmp(k.name, set.name) == 0, "name", 0);
     for (int32_t format = kQ4K; format < kFormats; ++format) {
       for (int64_t outputs : {1, 300, 16600}) file_rows(k, format, 512, outputs);
+    }
+    for (int64_t inputs : {1, 67, 320, 512, 576}) {
+      file_rows(k, kQ4K, inputs, 130, true);
+      fits(k, std::min(inputs, kFitInputs));
     }
     for (int32_t format = 0; format < kQ4K; ++format) {
       for (int64_t group : {32, 64, 1000}) {

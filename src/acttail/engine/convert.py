@@ -319,7 +319,7 @@ class Conversion:
             if self._taken(projection, shape) and isinstance(self.weights, GgufWeights):
                 put_blocks(self.weights.stored(projection), shape, into, s.begin)
                 continue
-            if shape.format.fixed_group is not None:
+            if shape.format.fitted:
                 put_floats(self.weights.weight(projection), shape, into, s.begin)
                 continue
             own = replace(shape, columns=s.end - s.begin)

@@ -79,7 +79,8 @@ def _check_shape(name: str, shape: Shape) -> None:
     whole = shape.columns if shape.output_major else shape.rows
     fixed = form.fixed_group
     if fixed is not None:
-        grouped = shape.group == fixed and not shape.output_major
+        whole_blocks = shape.rows % fixed == 0 or form.fitted
+        grouped = shape.group == fixed and whole_blocks and not shape.output_major
     elif form.group is None:
         grouped = shape.group == 0
     else:

@@ -26,6 +26,7 @@ class FileBlocks:
         group: inputs under one half-precision scale.
         sub: inputs under one scale of a byte within it; 0 without those.
         minimum: whether minima are kept beside scales.
+        fitted: whether native code fits floats to it, of any number of inputs; else it holds whole blocks of files.
     """
 
     number: int
@@ -34,6 +35,7 @@ class FileBlocks:
     group: int
     sub: int
     minimum: bool
+    fitted: bool = False
     dtype: torch.dtype | None = None
 
     @property

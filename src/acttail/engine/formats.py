@@ -67,6 +67,11 @@ class Format:
         return self.codec.group if isinstance(self.codec, FileBlocks) else None
 
     @property
+    def fitted(self) -> bool:
+        """Whether native code fits floats to its blocks, of which the last one may then be short."""
+        return isinstance(self.codec, FileBlocks) and self.codec.fitted
+
+    @property
     def torch_dtype(self) -> torch.dtype | None:
         """The torch dtype that reads the weights as they lie; None where they must be decoded."""
         return self.codec.dtype
@@ -117,8 +122,9 @@ DEFAULT = FORMATS["bf16"]
 
 def _of_file(
     kind: str, number: int, plane: int, zero: int, group: int, sub: int, llama_cpp: str, *others: str, minimum: bool,
+    fitted: bool = False,
 ) -> Format:  # fmt: skip
-    codec = FileBlocks(number, plane, zero, group, sub, minimum)
+    codec = FileBlocks(number, plane, zero, group, sub, minimum, fitted=fitted)
     return Format(
         kind.lower(), number, codec, group, None, minimum, (kind, *others), torch.bfloat16,
         FORMATS["int4"].prefill_tokens, "int8", "bf16", llama_cpp, COLUMNS,
@@ -129,7 +135,7 @@ def _of_file(
 FILE_FORMATS = {
     row.name: row
     for row in (
-        _of_file("Q4_K", 4, 0, 0, 256, 32, "MOSTLY_Q4_K_M", minimum=True),
+        _of_file("Q4_K", 4, 0, 0, 256, 32, "MOSTLY_Q4_K_M", minimum=True, fitted=True),
         _of_file("Q5_K", 5, 1, 0, 256, 32, "MOSTLY_Q5_K_M", minimum=True),
         _of_file("Q6_K", 6, 2, 32, 256, 16, "MOSTLY_Q6_K", "Q3_K", minimum=False),
         _of_file("Q5_0", 7, 1, 16, 32, 0, "MOSTLY_Q5_0", minimum=False),
