@@ -12,6 +12,7 @@ from acttail import densify_, make_plan, sparsify_
 from acttail.engine import Engine
 from acttail.engine.accounting import packed_bytes
 from acttail.engine.convert import dequantised_state
+from acttail.engine.layout import VERSION
 from acttail.engine.native_engine import NativeEngine
 from acttail.engine.packing import unpack
 from acttail.engine.source import convert_model
@@ -178,5 +179,5 @@ def test_an_acttail_folder_keeps_the_layout(family, tmp_path):
     assert engine.plan == SparsityPlan.from_dict(plan.to_dict())
     agree(engine, reference(model, plan, ids), ids)
     description = json.loads((tmp_path / "packed" / "engine.json").read_text())
-    assert description["version"] == 2
+    assert description["version"] == VERSION
     assert description["shapes"]["head"]["output_major"] is False
