@@ -72,10 +72,12 @@ class Quality:
 
 
 def plans(args):
-    """(allocator, S) -> plan, calibrated on text that is not scored, or kept from before; of random weights `uniform`."""
+    """(allocator, S) -> plan, calibrated on text that is not scored, or kept from before; of random weights `uniform` with the head."""
     if args.random:
         model, _ = acttail.load(args.model, dtype="fast")
-        return {("uniform", s): make_plan(model, s, allocator="uniform") for s in SPARSITIES}
+        return {
+            ("uniform", s): make_plan(model, s, allocator="uniform", head=True) for s in SPARSITIES
+        }
     wanted = [(a, s) for a in args.allocators.split(",") for s in SPARSITIES]
     places = (
         {k: args.plans / f"{label(args.model)}-{k[0]}-{k[1]}.json" for k in wanted}
