@@ -63,7 +63,7 @@ class ForcedEngine(LosslessEngine):
         self.chance, self.rights, self.random = chance, rights, random.Random(0)
         self.at = self.made = -1
 
-    def speculation(self, generation, sequence):
+    def rounds(self, generation, sequence):
         """See :meth:`LosslessEngine.speculation`."""
         return Forced(self, generation, sequence)
 

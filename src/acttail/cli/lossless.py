@@ -16,6 +16,8 @@ Drafts = Annotated[
     str | None,
     typer.Option(help="Who drafts for --lossless: plan, ngrams or both.", metavar="WHO"),
 ]
+# Why nothing can be asked for that would change the text.
+DENSE_TEXT = "with --lossless every text is the dense model's, the plan only drafts"
 # Name -> arguments of Engine.lossless.
 _DRAFTERS = {
     "both": {"sparse": True, "ngrams": True},

@@ -12,6 +12,14 @@ from acttail.cli.console import note, warn
 from acttail.cli.dtypes import AnyDtype
 from acttail.cli.engines import EngineName, Threads, check_engine, open_engine
 from acttail.cli.judge import check_of_use, curves_of, policy_of
+from acttail.cli.lossless import (
+    DENSE_TEXT,
+    Drafts,
+    Lossless,
+    drafters_of,
+    how_it_runs,
+    made_lossless,
+)
 from acttail.cli.options import CalibrationText, Model, PlanFile, Prefill, TrustRemoteCode
 from acttail.cli.planning import (
     Allocator,
@@ -117,6 +125,8 @@ def serve(
     dtype: AnyDtype = None,
     threads: Threads = None,
     prefill: Prefill = None,
+    lossless: Lossless = False,
+    drafts: Drafts = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model over OpenAI's API, with a chat page at /; Ctrl-C ends it."""
@@ -131,6 +141,7 @@ def serve(
             f"serving needs the extra ({error.name} is missing): pip install 'acttail[serve]'"
         ) from error
     policy = policy_of(prefill)
+    drafters = drafters_of(lossless, drafts, engine=engine, prefill=prefill)
     check_engine(engine, dtype, trust_remote_code=trust_remote_code)
     if not 0 <= port <= 65535:
         raise ActTailError(f"--port takes a number from 0 to 65535, got {port}")
@@ -148,11 +159,16 @@ def serve(
             )
     kv_bytes = None if kv_memory is None else parsed_bytes(kv_memory, "--kv-memory")
     found = curves_of(curves)
+    made = plan is None and (sparsity, read_share, speedup, max_loss, max_kl) != (None,) * 5
     asked = plan_or_request(
         plan, sparsity=sparsity, read_share=read_share, speedup=speedup, max_loss=max_loss, max_kl=max_kl, allocator=allocator, text=calibration_text,
         engine=engine_of(dtype, threads),
-        curves=curves if plan is None and (sparsity, read_share, speedup, max_loss, max_kl) != (None,) * 5 else None,
+        curves=curves if made else None,
     )  # fmt: skip
+    if lossless:
+        # No request changes the sparsity: all that curves can do is make the plan.
+        check_of_use(found, None if made else DENSE_TEXT)
+        found = None
     local = host in LOOPBACK or host.startswith("127.")
     # A name that is not listed could be another site's, pointed at this machine.
     hosts = (*LOOPBACK, host, *(allow_host or ())) if local or allow_host else None
@@ -169,13 +185,14 @@ def serve(
             max_tokens=max_tokens, keep_prefixes=keep_prefixes and not no_keep_prefixes,
             proxies=tuple(trusted_proxy or ()), origins=tuple(cors_origin or ()), special_tokens=special_tokens,
         )  # fmt: skip
-        app = create_app(runner, options, curves=found)
+        speaker = made_lossless(runner, drafters)
+        app = create_app(speaker, options, curves=found)
         check_of_use(found, app.state.server.variants.fixed)
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{bound.getsockname()[1]}"
 
         def ready() -> None:
-            how = f"sparsity {runner.plan.sparsity:g}" if runner.plan else "dense"
+            how = how_it_runs(runner, speaker)
             note(f"{runner.source}: {runner.name} engine, {runner.dtype}, {how}", None)
             note(f"chat page   {url}/\nAPI         {url}/v1\nmetrics     {url}/metrics", None)
             note("Ctrl-C ends", None)

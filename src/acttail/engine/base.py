@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -18,14 +18,32 @@ from acttail.plan import SparsityPlan
 from acttail.sparse.policy import PrefillPolicy
 
 
+class Rounds(Protocol):
+    """A generation that goes on by several tokens at a time."""
+
+    @property
+    def width(self) -> int:
+        """Positions of the sequence that the next round may take, for a while, from its end on."""
+        ...
+
+    def round(self) -> Iterator[Piece]:
+        """The next tokens, at least one.
+
+        At every piece the sequence holds all tokens but the last one; whoever stops there may.
+        """
+        ...
+
+
 class Engine(TokenEngine):
     """Generates text. Made by :meth:`from_model` or :meth:`from_pretrained`.
 
     Attributes:
         tokenizer: of the model, None if it was not given.
+        one_plan: why it keeps the plan it has, None if its weights take another at any time.
     """
 
     tokenizer: Any
+    one_plan: str | None = "this engine keeps one plan; use the native one"
     # Set by the package to acttail.engine.open, which knows every engine; they know this class, and it
     # knows none of them.
     _open_model: ClassVar[Callable[..., "Engine"]]
@@ -178,6 +196,23 @@ class Engine(TokenEngine):
         """
         while not generation.finished:
             yield generation.advance(self.step([(sequence, generation.next_tokens)])[0])
+
+    def rounds(self, generation: Generation, sequence: EngineSequence) -> Rounds | None:
+        """What carries a generation on by several tokens at a time; None where tokens come one by one.
+
+        Args:
+            generation: begun, its first token drawn.
+            sequence: that it was begun with.
+        """
+        return None
+
+    @property
+    def drafters(self) -> dict[str, Any] | None:
+        """Who drafts for a lossless engine, as plain JSON data; None for any other.
+
+        ``sparsity`` and ``allocator`` of the plan that drafts, None without one; whether ``ngrams`` do.
+        """
+        return None
 
     def lossless(self, *, sparse: bool = True, ngrams: bool = True) -> "Engine":
         """The engine that generates what the dense model would, this one drafting for it.

@@ -8,6 +8,7 @@ reads the dense keys and values of what is decided, and its own of its drafts; t
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from acttail.engine.distribution import Proposal
 from acttail.engine.generation import Generation, Piece
 from acttail.engine.native_engine import NativeEngine
 from acttail.engine.ngrams import LENGTHS, Ngrams
-from acttail.engine.protocol import Batch, Sequence
+from acttail.engine.protocol import Batch, Prompt, Sequence
 from acttail.engine.sequence import NativeSequence
 from acttail.engine.speculation import Drafts, Pace
 from acttail.errors import ActTailError
@@ -45,6 +46,9 @@ class LosslessEngine(Engine):
     """
 
     name = "native"
+    together = NativeEngine.together
+    counts_memory = NativeEngine.counts_memory
+    one_plan = "every text is the dense model's, the plan only drafts"
 
     def __init__(
         self, engine: NativeEngine, *, pace: Pace | None = None, sparse: bool = True, ngrams: bool = True
@@ -65,9 +69,37 @@ class LosslessEngine(Engine):
         return self.dense.new_sequence(capacity)
 
     @property
+    def drafters(self) -> dict[str, Any]:
+        """See :meth:`Engine.drafters`."""
+        plan = self.draft.plan if self.draft is not None else None
+        return {
+            "sparsity": plan.sparsity if plan else None,
+            "allocator": plan.allocator if plan else None,
+            "ngrams": self.ngrams,
+        }
+
+    @property
     def keeps_prefixes(self) -> bool:
         """See :meth:`TokenEngine.keeps_prefixes`."""
         return self.dense.keeps_prefixes
+
+    @property
+    def kv_bytes(self) -> int:
+        """See :meth:`TokenEngine.kv_bytes`; what drafts write is in the dense model's caches."""
+        return self.dense.kv_bytes
+
+    @property
+    def replayed(self) -> int:
+        """See :meth:`TokenEngine.replayed`."""
+        return self.dense.replayed
+
+    def prompt(self, sequence: Sequence, tokens: torch.Tensor) -> Prompt:
+        """See :meth:`TokenEngine.prompt`."""
+        return self.dense.prompt(sequence, tokens)
+
+    def decodes(self, sequence: Sequence, tokens: int) -> bool:
+        """See :meth:`TokenEngine.decodes`."""
+        return self.dense.decodes(sequence, tokens)
 
     def _append(self, batch: Batch) -> torch.Tensor:
         return self.dense._append(batch)
@@ -79,14 +111,19 @@ class LosslessEngine(Engine):
         """
         return self.dense.read_share(sequence)
 
-    def speculation(self, generation: Generation, sequence: NativeSequence) -> "Speculation":
-        """What carries a generation on after its prompt."""
+    def start(self, generation: Generation, prompt: torch.Tensor, **arguments: Any) -> Sequence:
+        """See :meth:`Engine.start`; from here on :attr:`Generation.drafts` counts."""
+        generation.drafts = Drafts()
+        return super().start(generation, prompt, **arguments)
+
+    def rounds(self, generation: Generation, sequence: Sequence) -> "Speculation":
+        """See :meth:`Engine.rounds`."""
+        assert isinstance(sequence, NativeSequence)  # noqa: S101
         return Speculation(self, generation, sequence)
 
     def pieces(self, generation: Generation, sequence: Sequence) -> Iterator[Piece]:
         """See :meth:`Engine.pieces`."""
-        assert isinstance(sequence, NativeSequence)  # noqa: S101
-        speculation = self.speculation(generation, sequence)
+        speculation = self.rounds(generation, sequence)
         if not generation.tokens:
             yield generation.advance(self.step([(sequence, generation.next_tokens)])[0])
         while not generation.finished:
@@ -114,10 +151,21 @@ class Speculation:
             generation.drafts = Drafts()
         self._stats = generation.drafts
 
+    @property
+    def _room(self) -> int:
+        """Drafts that the text and the sequence have room for."""
+        sequence = self._sequence
+        return min(self._generation.remaining, sequence.capacity - sequence.length) - 1
+
+    @property
+    def width(self) -> int:
+        """See :attr:`acttail.engine.base.Rounds.width`."""
+        return min(self._room, self._pace.most) + 1
+
     def round(self) -> Iterator[Piece]:
         """Draft, verify, and give at least one token; the sequence is at each of them as in plain decoding."""
         generation, sequence, pace = self._generation, self._sequence, self._pace
-        room = min(generation.remaining, sequence.capacity - sequence.length) - 1
+        room = self._room
         started = time.perf_counter()
         token, start = int(generation.next_tokens[0]), sequence.length
         source, drafts, read = self._draft(token, room)
@@ -195,18 +243,21 @@ class Speculation:
         start, read = sequence.length, 0.0
         found: list[Proposal] = []
         sure: list[float] = []
-        while pace.wants(_SPARSE, sure, room):
-            began = time.perf_counter()
-            with engine.decoder.lock:
-                weights = engine.decoder.forward(
-                    sequence.cache, torch.tensor([token]), self._drafted
-                )
-            found.append(self.propose(self._drafted))
-            pace.note_draft(_SPARSE, time.perf_counter() - began)
-            sure.append(found[-1].confidence)
-            read += read_share(layout, weights)
-            token = found[-1].token
-        sequence.set_length(start)
+        try:
+            while pace.wants(_SPARSE, sure, room):
+                began = time.perf_counter()
+                with engine.decoder.lock:
+                    weights = engine.decoder.forward(
+                        sequence.cache, torch.tensor([token]), self._drafted
+                    )
+                found.append(self.propose(self._drafted))
+                pace.note_draft(_SPARSE, time.perf_counter() - began)
+                sure.append(found[-1].confidence)
+                read += read_share(layout, weights)
+                token = found[-1].token
+        finally:
+            # Also where it fails: who goes on from this sequence later must find nothing sparse in it.
+            sequence.set_length(start)
         return found[: pace.keep(_SPARSE, sure, room)], read
 
     def propose(self, logits: torch.Tensor) -> Proposal:

@@ -36,6 +36,7 @@ class NativeEngine(Engine):
     name = "native"
     together = abi.MOST_TOGETHER
     counts_memory = True
+    one_plan = None
 
     def __init__(
         self, packed: Packed, plan: SparsityPlan | None, config: EngineConfig, *, tokenizer: Any = None,

@@ -82,6 +82,7 @@ class TransformersEngine(Engine):
     """
 
     name = "transformers"
+    one_plan = "the transformers engine keeps one plan; use the native engine"
 
     def __init__(
         self, model: Any, plan: SparsityPlan | None, tokenizer: Any, prefill: str | PrefillPolicy,

@@ -52,7 +52,7 @@ class Variants:
     def fixed(self) -> str | None:
         """Why the sparsity cannot be changed, None if it can."""
         if not isinstance(self.engine, NativeEngine):
-            return "the transformers engine keeps one plan; use the native engine"
+            return self.engine.one_plan
         if self._plan is None:
             return "the model was started without a plan"
         try:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from acttail.engine import Engine
+from acttail.engine.base import Rounds
 from acttail.engine.generation import Constraint, Generation, Piece, detail
 from acttail.engine.protocol import Prompt, Sequence
 from acttail.engine.sampling import Sampling
@@ -37,6 +38,7 @@ class Job:
         sequence: that it runs in, while it has a slot.
         looked: how many sequences had been kept when one was last looked for that begins alike.
         feeding: the prompt on its way into the sequence piece by piece, if it is.
+        rounds: of the sequence, once it has had any.
         held: tokens of the prompt that an earlier request had left in a KV cache.
         read_share: mean share of the projections' weights that decoding read, NaN until known.
     """
@@ -59,6 +61,7 @@ class Job:
     first_token: float | None = None
     sequence: Sequence | None = None
     feeding: Prompt | None = None
+    rounds: Rounds | None = None
     looked: int = 0
     held: int = 0
     _cancelled: bool = False
@@ -105,6 +108,10 @@ class Job:
     def due(self) -> bool:
         """Whether all is fed, and the last logits are the wanted ones."""
         return self.sequence is not None and self.sequence.length == self.length
+
+    def drop_sequence(self) -> None:
+        """Give the sequence up, with all that goes on in it."""
+        self.sequence = self.feeding = self.rounds = None
 
     def cancel(self) -> None:
         """Stop at the next token, from any thread."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from acttail.engine.protocol import PAGE, TokenEngine
+from acttail.errors import ActTailError
 from acttail.serve.jobs import Job
 
 # Tokens beyond a prompt that there is to be memory for before a job starts, and for each that runs, lest whoever
@@ -34,6 +35,14 @@ class KvMemory:
             j.sequence.bytes_for(len(t)) for j, t in batch if j.sequence is not None
         )
 
+    def has_room(self, job: Job, tokens: int) -> bool:
+        """Whether so many further tokens of a job are free."""
+        return (
+            self.limit is None
+            or job.sequence is None
+            or self._free([job.sequence.bytes_for(tokens)])
+        )
+
     def admits(self, job: Job, others: Sequence[Job]) -> bool:
         """Whether a job can start beside those that run; one that would run alone always can."""
         return self.limit is None or not others or self._free(map(_need, (job, *others)))
@@ -54,3 +63,25 @@ def tokens_within(engine: TokenEngine, limit: int | None) -> int:
         return engine.context
     page = engine.new_sequence(engine.context).bytes_for(1)
     return min(engine.context, limit // page * PAGE)
+
+
+def check_room(engine: TokenEngine, tokens: int, most: int) -> int:
+    """New tokens that there is room for after a prompt.
+
+    Args:
+        engine: that is to run it.
+        tokens: of the prompt.
+        most: tokens that the memory holds.
+
+    Raises:
+        ActTailError: the prompt fills the context, or the memory.
+    """
+    context = min(engine.context, most)
+    if tokens >= context:
+        why = (
+            f"context of {context} tokens"
+            if context == engine.context
+            else f"memory for {context} tokens"
+        )
+        raise ActTailError(f"{tokens} prompt tokens leave no room in the {why}; send less")
+    return context - tokens

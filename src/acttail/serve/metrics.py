@@ -39,6 +39,14 @@ class Metrics:
         )
         self.prompt_tokens = named(Counter, "prompt_tokens", "Tokens of prompts.")
         self.generated_tokens = named(Counter, "generated_tokens", "Tokens generated.")
+        self.drafted_tokens = named(
+            Counter,
+            "drafted_tokens",
+            "Tokens that were drafted and verified, where decoding is lossless.",
+        )
+        self.accepted_tokens = named(
+            Counter, "accepted_tokens", "Of the drafted tokens, those kept."
+        )
         self.first_token = named(
             Histogram,
             "first_token_seconds",
@@ -92,6 +100,11 @@ class Metrics:
         elif job.first_token is not None:
             self.prompt_tokens.inc(job.result.prompt_tokens)
             self.first_token.observe(job.first_token - job.submitted)
+
+    def round(self, drafted: int, accepted: int) -> None:
+        """Count what became of drafts; called from the scheduler's thread."""
+        self.drafted_tokens.inc(drafted)
+        self.accepted_tokens.inc(accepted)
 
     def preempted(self, job: "Job") -> None:
         """Count a request that starts again later; called from the scheduler's thread."""

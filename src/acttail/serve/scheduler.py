@@ -1,25 +1,27 @@
 """Who decodes next: one thread takes every running generation a token further in each turn.
 
-A turn decodes all that run in as few passes over the weights as an engine's batch allows, and takes prompts a
-bounded part further, so that nobody waits for another's whole prompt. It knows nothing of HTTP.
+A turn decodes all that run in as few passes over the weights as an engine's batch allows, or several tokens of one
+that is alone with a lossless engine, and takes prompts a bounded part further, so that nobody waits for another's
+whole prompt. It knows nothing of HTTP.
 """
 
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
+from acttail.engine.generation import Piece
 from acttail.engine.protocol import Sequence, TokenEngine
 from acttail.errors import ActTailError
+from acttail.serve.batches import Batch, batches, by_engine, is_long
 from acttail.serve.jobs import Job, Outcome
 from acttail.serve.line import Line
 from acttail.serve.memory import KvMemory
 from acttail.serve.prefixes import PrefixCache
+from acttail.serve.rounds import alone, rounds_of
 
-# Tokens of short prompts in a turn, where others decode: four passes of eight, or as many as those decode.
-_PROMPT_TOKENS = 32
 # Sequences kept for each slot: one that its prompt leaves, and one of a conversation that may go on.
 _KEPT = 2
 
@@ -39,6 +41,7 @@ class Scheduler:
         threads: of torch's operators; torch's own number by default.
         on_token: called with (job, seconds since its token before, or None for the first).
         on_preempted: called with a job that gave its memory up.
+        on_round: called after a round of a lossless engine with (tokens drafted, of them kept).
     """
 
     def __init__(
@@ -46,13 +49,14 @@ class Scheduler:
         run_seconds: float = 600, threads: int | None = None, keep_prefixes: bool = True,
         memory: KvMemory | None = None, on_token: Callable[[Job, float | None], None] | None = None,
         on_preempted: Callable[[Job], None] | None = None,
+        on_round: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         self._threads = threads
         self._kept = PrefixCache(_KEPT * slots if keep_prefixes else 0)
         self._memory = memory or KvMemory(None, lambda: 0)
         self.slots, self.queue, self.per_client = slots, queue, per_client
         self.wait_seconds, self.run_seconds = wait_seconds, run_seconds
-        self._on_token, self._on_preempted = on_token, on_preempted
+        self._on_token, self._on_preempted, self._on_round = on_token, on_preempted, on_round
         self._waiting = Line()
         # Those that run, in the order of their first start.
         self._active: list[Job] = []
@@ -178,7 +182,7 @@ class Scheduler:
 
     def _put_back(self, job: Job) -> None:
         """Take a job's slot and its memory; it is the next to get them."""
-        job.sequence = job.feeding = None
+        job.drop_sequence()
         with self._condition:
             self._active.remove(job)
             self._waiting.add_first(job)
@@ -199,7 +203,7 @@ class Scheduler:
     def _turn(self) -> None:
         """A token for every job with a slot, and a part of the prompts."""
         long: list[Job] = []
-        for engine, jobs in self._by_engine():
+        for engine, jobs in by_engine(self._active):
             prompts: list[Job] = []
             decoding: list[Job] = []
             for job in jobs:
@@ -211,66 +215,48 @@ class Scheduler:
                     prompts.append(job)
                 else:
                     decoding.append(job)
-            for batch in self._batches(engine, prompts, decoding):
+            lone = alone(prompts, decoding)
+            if lone is not None and self._round(lone):
+                continue
+            for batch in batches(engine, prompts, decoding, self._kept):
                 self._step(engine, batch)
-            long += [job for job in prompts if job.in_prompt and self._is_long(job)]
+            long += [job for job in prompts if job.in_prompt and is_long(job)]
         # One piece of one prompt, whoever else waits: first come, first served.
         if long:
             self._feed(min(long, key=lambda j: j.started or 0.0))
 
-    def _is_long(self, job: Job) -> bool:
-        """Whether a prompt is fed in pieces: it is being, or the rest is too long for a pass with others."""
-        if job.feeding is not None:
-            return True
-        return job.sequence is not None and not job.engine.decodes(job.sequence, len(job.pending))
+    def _round(self, job: Job) -> bool:
+        """Several tokens of a job that is alone with its engine; False where it can have one only."""
+        rounds = rounds_of(job)
+        if rounds is None:
+            return False
+        while not self._memory.has_room(job, rounds.width):
+            # Nobody gives its own up for what may come to nothing.
+            if not self._kept.drop():
+                return False
+        pieces, drafts = rounds.round(), job.result.drafts
+        before = (drafts.drafted, drafts.accepted) if drafts is not None else (0, 0)
+        while True:
+            since = job.result.decode_seconds
+            try:
+                piece = next(pieces, None)
+                if piece is not None:
+                    self._note(job, piece, since)
+            except Exception as error:
+                self._end(job, error)
+                break
+            if piece is None:
+                break
+            if job.result.finished:
+                self._end(job)
+                break
+            if self._stopped(job):
+                break
+        if drafts is not None and self._on_round is not None:
+            self._on_round(drafts.drafted - before[0], drafts.accepted - before[1])
+        return True
 
-    def _look_again(self, job: Job) -> None:
-        """Take what is kept of a prompt's beginning since its job started, before any of it is fed.
-
-        Of many that come at once and begin alike, one computes the beginning.
-        """
-        sequence = job.sequence
-        if sequence is None or sequence.length > job.held or job.looked == self._kept.given:
-            return
-        job.looked = self._kept.given
-        found = self._kept.take(job.engine, job.client, job.prompt, sequence.capacity, sequence)
-        job.sequence, job.held = found, found.length
-
-    def _by_engine(self) -> list[tuple[TokenEngine, list[Job]]]:
-        found: dict[TokenEngine, list[Job]] = {}
-        for job in self._active:
-            found.setdefault(job.engine, []).append(job)
-        return list(found.items())
-
-    def _batches(
-        self, engine: TokenEngine, prompts: list[Job], decoding: list[Job]
-    ) -> Iterator[list[tuple[Job, torch.Tensor]]]:
-        """What is fed in this turn, in batches that fill passes: short prompts are filled up with decoded tokens.
-
-        A prompt that is long for that is left to be fed in pieces.
-        """
-        rows = [(job, job.pending[: engine.replayed]) for job in decoding]
-        left, full = max(_PROMPT_TOKENS, len(rows)) if rows else 1 << 62, engine.together
-        for job in prompts:
-            if job.feeding is not None or job.sequence is None:
-                continue
-            self._look_again(job)
-            if left <= 0 or self._is_long(job):
-                continue
-            tokens = job.pending
-            left -= len(tokens)
-            room = -len(tokens) % full
-            yield [(job, tokens), *rows[:room]]
-            rows = rows[room:]
-        while rows:
-            batch: list[tuple[Job, torch.Tensor]] = []
-            width = 0
-            while rows and (not batch or width + len(rows[0][1]) <= full):
-                width += len(rows[0][1])
-                batch.append(rows.pop(0))
-            yield batch
-
-    def _step(self, engine: TokenEngine, batch: list[tuple[Job, torch.Tensor]]) -> None:
+    def _step(self, engine: TokenEngine, batch: Batch) -> None:
         """One step of an engine, and what each job makes of its logits."""
         batch = self._affordable(batch)
         if not batch:
@@ -305,7 +291,7 @@ class Scheduler:
             job.feeding = None
             self._advance(job, logits)
 
-    def _affordable(self, batch: list[tuple[Job, torch.Tensor]]) -> list[tuple[Job, torch.Tensor]]:
+    def _affordable(self, batch: Batch) -> Batch:
         """What of a batch there is memory for, once the jobs that began last have given theirs up."""
         while True:
             batch = [(job, tokens) for job, tokens in batch if job.sequence is not None]
@@ -353,11 +339,13 @@ class Scheduler:
         # The KV cache is given back before the client hears of the end.
         if job.sequence is not None:
             self._keep(job, job.sequence)
-            job.sequence = job.feeding = None
+            job.drop_sequence()
         job.error = error
         job.emit(outcome if error is None else "failed")
 
     def _keep(self, job: Job, sequence: Sequence) -> None:
+        if job.rounds is not None:  # drafts may have taken a page behind its end
+            sequence.truncate(sequence.length)
         tokens = torch.cat([job.prompt, torch.tensor(job.result.tokens, dtype=torch.int64)])
         self._kept.give(job.engine, job.client, tokens[: sequence.length], sequence)
 
@@ -381,6 +369,19 @@ class Scheduler:
             return
         before = job.result.decode_seconds if job.result.tokens else None
         piece = job.result.advance(logits)
+        if before is not None and job.result.drafts is not None:
+            job.result.drafts.plain += 1
+        self._note(job, piece, before)
+
+    def _note(self, job: Job, piece: Piece, before: float | None) -> None:
+        """Count a token and hand it on.
+
+        Args:
+            job: whose it is.
+            piece: what it says.
+            before: seconds of decoding at the token before it, None for the first.
+        """
+        assert job.sequence is not None  # noqa: S101
         if before is None:
             job.first_token = time.monotonic()
             self._share(job, job.sequence)
@@ -396,25 +397,3 @@ class Scheduler:
             self._kept.give(
                 job.engine, job.client, job.prompt, sequence.fork(len(job.prompt), len(job.prompt))
             )
-
-
-def check_room(engine: TokenEngine, tokens: int, most: int) -> int:
-    """New tokens that there is room for after a prompt.
-
-    Args:
-        engine: that is to run it.
-        tokens: of the prompt.
-        most: tokens that the memory holds.
-
-    Raises:
-        ActTailError: the prompt fills the context, or the memory.
-    """
-    context = min(engine.context, most)
-    if tokens >= context:
-        why = (
-            f"context of {context} tokens"
-            if context == engine.context
-            else f"memory for {context} tokens"
-        )
-        raise ActTailError(f"{tokens} prompt tokens leave no room in the {why}; send less")
-    return context - tokens

@@ -112,13 +112,15 @@ class _Request(_Body):
     def sampling(self, index: int) -> Sampling:
         """How choice number `index` is drawn; choices of one seed differ from each other.
 
-        A seed of -1 is none, as llama-server's clients send it.
+        A seed of -1 is none, as llama-server's clients send it. What a seed gives does not depend on who else is
+        served, and so not on whether there are drafts.
         """
         seed = None if self.seed in (None, -1) else (self.seed + index) % 2**63
         return Sampling(
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
             repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty, bias=tuple((self.logit_bias or {}).items()), seed=seed,
+            repeatable=True,
         )  # fmt: skip
 
 

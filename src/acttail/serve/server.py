@@ -20,10 +20,10 @@ from acttail.serve.calls import Call, Mailbox
 from acttail.serve.errors import ApiError
 from acttail.serve.grammars import Grammars, Matcher
 from acttail.serve.limits import CLIENT
-from acttail.serve.memory import KvMemory, tokens_within
+from acttail.serve.memory import KvMemory, check_room, tokens_within
 from acttail.serve.metrics import Metrics
 from acttail.serve.prompting import Prompting
-from acttail.serve.scheduler import Scheduler, check_room
+from acttail.serve.scheduler import Scheduler
 from acttail.serve.schemas import ChatRequest, CompletionRequest
 
 # Generations one request may ask for (prompts x n).
@@ -97,7 +97,7 @@ class Server:
             wait_seconds=options.wait_seconds, run_seconds=options.run_seconds,
             threads=engine.threads,
             keep_prefixes=options.keep_prefixes, memory=KvMemory(limit, lambda: engine.kv_bytes),
-            on_token=self.metrics.token, on_preempted=self.metrics.preempted,
+            on_token=self.metrics.token, on_preempted=self.metrics.preempted, on_round=self.metrics.round,
         )  # fmt: skip
         self.metrics.watch(self.scheduler)
         self.prompting = Prompting(
@@ -120,6 +120,7 @@ class Server:
             "model": self.name, "engine": self.engine.name, "dtype": self.engine.dtype, "version": __version__,
             "context": self.engine.context, "sparsity": self.variants.default,
             "allocator": plan.allocator if plan else None, "rule": plan.rule if plan else None,
+            "lossless": self.engine.drafters is not None, "drafters": self.engine.drafters,
             "adjustable": self.variants.fixed is None, "fixed_because": self.variants.fixed,
             "chat": bool(getattr(self.engine.tokenizer, "chat_template", None)),
             "max_tokens": self.options.max_tokens,

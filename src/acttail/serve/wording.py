@@ -151,7 +151,7 @@ def usage(jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def timings(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Our own field of a response: how fast, and how sparse."""
+    """Our own field of a response: how fast, how sparse, and what became of drafts where it is lossless."""
     speeds = [job.result.tokens_per_second for job in jobs if len(job.result.tokens) > 1]
     shares = [job.read_share for job in jobs if not math.isnan(job.read_share)]
     engine = jobs[0].engine
@@ -163,6 +163,21 @@ def timings(jobs: Sequence[Job]) -> dict[str, Any]:
         "weights_read": round(sum(shares) / len(shares), 4) if shares else None,
         "tokens_per_second": round(sum(speeds) / len(speeds), 2) if speeds else None,
         "prefill_seconds": round(max(job.result.prefill_seconds for job in jobs), 4),
+        **drafting(jobs),
+    }
+
+
+def drafting(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Whether the text is the dense model's by verified drafts, and how many of them were kept."""
+    drafts = [job.result.drafts for job in jobs if job.result.drafts is not None]
+    if not drafts:
+        return {"lossless": False}
+    drafted, accepted = sum(d.drafted for d in drafts), sum(d.accepted for d in drafts)
+    return {
+        "lossless": True,
+        "drafted": drafted,
+        "accepted": accepted,
+        "acceptance": round(accepted / drafted, 4) if drafted else None,
     }
 
 

@@ -23,13 +23,28 @@ function note(item, text) {
   item.append(small);
 }
 
+function drafting(t) {
+  if (!t.drafted) return "no drafts";
+  return `${t.accepted} of ${t.drafted} drafts kept (${(100 * t.acceptance).toFixed(0)} %)`;
+}
+
 function describe(t) {
   const parts = [];
   if (t.tokens_per_second !== null) parts.push(`${t.tokens_per_second.toFixed(1)} tokens/s`);
-  parts.push(t.sparsity > 0 ? `sparsity ${t.sparsity.toFixed(2)}` : "dense");
+  if (t.lossless) parts.push("lossless", drafting(t));
+  else parts.push(t.sparsity > 0 ? `sparsity ${t.sparsity.toFixed(2)}` : "dense");
   if (t.weights_read !== null) parts.push(`${(100 * t.weights_read).toFixed(1)} % of weights read`);
   parts.push(`first token after ${t.prefill_seconds.toFixed(2)} s`);
   return parts.join(", ");
+}
+
+function how(a) {
+  const plan = (of) => `plan of ${of.allocator}, sparsity ${of.sparsity}`;
+  if (!a.lossless) return a.allocator ? plan(a) : "dense";
+  const who = [];
+  if (a.drafters.allocator) who.push(plan(a.drafters));
+  if (a.drafters.ngrams) who.push("n-grams");
+  return `lossless (drafts: ${who.join("; ")})`;
 }
 
 async function start() {
@@ -44,8 +59,7 @@ async function start() {
   }
   document.title = `${about.model} – acttail`;
   $("model").textContent = about.model;
-  const plan = about.allocator ? `plan of ${about.allocator}, sparsity ${about.sparsity}` : "dense";
-  $("about").textContent = `${about.engine} engine, ${about.dtype}, ${plan}, context of ${about.context} tokens, acttail ${about.version}`;
+  $("about").textContent = `${about.engine} engine, ${about.dtype}, ${how(about)}, context of ${about.context} tokens, acttail ${about.version}`;
   $("sparsity").value = about.sparsity;
   $("sparsity").disabled = !about.adjustable;
   $("fixed").textContent = about.adjustable ? "" : `fixed: ${about.fixed_because}`;
