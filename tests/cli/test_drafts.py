@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from acttail.base.controls import clean
+from acttail.calibrate.curves import SensitivityCurves
 from acttail.sparse.backends import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.status().available, reason="no native library")
@@ -50,6 +52,23 @@ def test_what_does_not_go_together_is_named(run, tiny_folder, tmp_path):
         (("--lossless", "--drafts", "plan"), "there is no plan to draft with"),
     ):
         code, out, err = run(*generate, *more)
+        assert code == 2
+        assert said in err.splitlines()[-1]
+        assert not out
+
+
+def test_serve_judges_what_it_is_given_before_it_listens(run, tiny_folder, tmp_path):
+    curves = tmp_path / "curves.json"
+    grid = np.array([0.0, 0.5, 0.9])
+    SensitivityCurves(grid, {"a": grid / 2}, {}).save(curves)
+    for more, said in (
+        (("--drafts", "plan"), "--drafts is about --lossless"),
+        (("--lossless", "--prefill", "all"), "--prefill: with --lossless"),
+        (("--lossless", "--engine", "transformers"), "--lossless needs the native engine"),
+        (("--lossless", "--curves", curves), "--curves is of no use: with --lossless every text"),
+        (("--lossless", "--drafts", "plan", "--port", 0), "there is no plan to draft with"),
+    ):
+        code, out, err = run("serve", tiny_folder, *more)
         assert code == 2
         assert said in err.splitlines()[-1]
         assert not out

@@ -165,6 +165,39 @@ def test_a_constraint_holds_for_drafts_too():
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("ngrams", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.5}, {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.3}]
+)
+def test_repeatable_text_is_that_of_dense_decoding_with_its_seed(settings, ngrams):
+    dense, sparse, ids = engines("llama", sparsity=0.5)
+    engine = LosslessEngine(sparse, pace=Pace(fixed=4), ngrams=ngrams)
+    texts = set()
+    for seed in range(4):
+        sampling = Sampling(**settings, seed=seed, ignore_eos=True, repeatable=True)
+        plain, found = (
+            e.generate(ids, max_new_tokens=NEW, sampling=sampling) for e in (dense, engine)
+        )
+        assert found.tokens == plain.tokens
+        assert 0 < found.drafts.accepted < found.drafts.drafted
+        texts.add(tuple(found.tokens))
+    assert len(texts) == 4
+
+
+def test_drafts_of_the_dense_model_itself_are_all_kept_where_text_is_repeatable():
+    dense, _, ids = engines("llama")
+    sampler = Sampler(Sampling(temperature=1.0, seed=3, repeatable=True))
+    other = Sampler(Sampling(temperature=1.0, seed=3))
+    logits = dense.new_sequence(64).feed(ids).clone()
+    for made in (3, 0, 5, 1, 2):
+        drafts = [sampler.propose(logits) for _ in range(made)]
+        taken = made - made // 2  # some behind one that was not kept are dropped
+        drawn = [sampler.draw(logits, draft) for draft in drafts[:taken]]
+        assert drawn == [draft.token for draft in drafts[:taken]]
+        drawn.append(sampler.draw(logits))
+        assert drawn == [other.draw(logits) for _ in drawn]
+
+
 DRAWS = 100_000
 
 
