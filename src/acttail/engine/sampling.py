@@ -85,7 +85,7 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._generator = torch.Generator()
-        if sampling.seed is None or sampling.seed == -1:
+        if sampling.seed is None or not sampling.seeded:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)

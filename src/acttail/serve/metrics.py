@@ -101,7 +101,7 @@ class Metrics:
             self.prompt_tokens.inc(job.result.prompt_tokens)
             self.first_token.observe(job.first_token - job.submitted)
 
-    def round(self, drafted: int, accepted: int) -> None:
+    def drafts(self, drafted: int, accepted: int) -> None:
         """Count what became of drafts; called from the scheduler's thread."""
         self.drafted_tokens.inc(drafted)
         self.accepted_tokens.inc(accepted)

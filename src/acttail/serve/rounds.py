@@ -4,9 +4,10 @@ One alone leaves most of a pass over the weights unused, and drafts fill it. Whe
 each of which is sure to be wanted, and a draft is not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from acttail.engine.base import Rounds
+from acttail.engine.generation import Piece
 from acttail.serve.jobs import Job
 
 
@@ -30,3 +31,28 @@ def rounds_of(job: Job) -> Rounds | None:
     if job.rounds is None and job.sequence is not None:
         job.rounds = job.engine.rounds(job.result, job.sequence)
     return job.rounds
+
+
+def pieces_of(job: Job, rounds: Rounds) -> Iterator[tuple[Piece, float, int, int]]:
+    """The next round of a job, token by token; whoever stops midway may.
+
+    Args:
+        job: that is alone.
+        rounds: of it.
+
+    Returns:
+        (piece, seconds of decoding at the token before it, tokens drafted since then, drafts kept since then).
+    """
+    pieces = rounds.round()
+    while True:
+        since, before = job.result.decode_seconds, _counted(job)
+        piece = next(pieces, None)
+        if piece is None:
+            return
+        drafted, kept = (now - then for now, then in zip(_counted(job), before, strict=True))
+        yield piece, since, drafted, kept
+
+
+def _counted(job: Job) -> tuple[int, int]:
+    drafts = job.result.drafts
+    return (0, 0) if drafts is None else (drafts.drafted, drafts.accepted)

@@ -9,6 +9,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from acttail.serve.jobs import Job, Outcome
 from acttail.serve.line import Line
 from acttail.serve.memory import KvMemory
 from acttail.serve.prefixes import PrefixCache
-from acttail.serve.rounds import alone, rounds_of
+from acttail.serve.rounds import alone, pieces_of, rounds_of
 
 # Sequences kept for each slot: one that its prompt leaves, and one of a conversation that may go on.
 _KEPT = 2
@@ -41,7 +42,7 @@ class Scheduler:
         threads: of torch's operators; torch's own number by default.
         on_token: called with (job, seconds since its token before, or None for the first).
         on_preempted: called with a job that gave its memory up.
-        on_round: called after a round of a lossless engine with (tokens drafted, of them kept).
+        on_drafts: called with (tokens drafted, of them kept), where a lossless engine drafts.
     """
 
     def __init__(
@@ -49,14 +50,14 @@ class Scheduler:
         run_seconds: float = 600, threads: int | None = None, keep_prefixes: bool = True,
         memory: KvMemory | None = None, on_token: Callable[[Job, float | None], None] | None = None,
         on_preempted: Callable[[Job], None] | None = None,
-        on_round: Callable[[int, int], None] | None = None,
+        on_drafts: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         self._threads = threads
         self._kept = PrefixCache(_KEPT * slots if keep_prefixes else 0)
         self._memory = memory or KvMemory(None, lambda: 0)
         self.slots, self.queue, self.per_client = slots, queue, per_client
         self.wait_seconds, self.run_seconds = wait_seconds, run_seconds
-        self._on_token, self._on_preempted, self._on_round = on_token, on_preempted, on_round
+        self._on_token, self._on_preempted, self._on_drafts = on_token, on_preempted, on_drafts
         self._waiting = Line()
         # Those that run, in the order of their first start.
         self._active: list[Job] = []
@@ -161,7 +162,8 @@ class Scheduler:
                 self._active.sort(key=lambda j: j.started or float("inf"))
             try:
                 job.sequence = self._sequence(job)
-                if not self._fits(job):
+                others = [j for j in self._active if j is not job]
+                if not self._is_free(self._memory.admits, job, others):
                     self._put_back(job)
                     return
                 if job.started is None:
@@ -172,10 +174,9 @@ class Scheduler:
             except Exception as error:
                 self._end(job, error)
 
-    def _fits(self, job: Job) -> bool:
-        """Whether there is memory for a job to start, once all is forgotten that nobody runs."""
-        others = [j for j in self._active if j is not job]
-        while not self._memory.admits(job, others):
+    def _is_free(self, enough: Callable[..., bool], *asked: Any) -> bool:
+        """Whether there is memory for something, once all is forgotten that nobody runs."""
+        while not enough(*asked):
             if not self._kept.drop():
                 return False
         return True
@@ -228,33 +229,25 @@ class Scheduler:
     def _round(self, job: Job) -> bool:
         """Several tokens of a job that is alone with its engine; False where it can have one only."""
         rounds = rounds_of(job)
-        if rounds is None:
+        # Nobody gives its own up for what may come to nothing.
+        if rounds is None or not self._is_free(self._memory.has_room, job, rounds.width):
             return False
-        while not self._memory.has_room(job, rounds.width):
-            # Nobody gives its own up for what may come to nothing.
-            if not self._kept.drop():
-                return False
-        pieces, drafts = rounds.round(), job.result.drafts
-        before = (drafts.drafted, drafts.accepted) if drafts is not None else (0, 0)
+        found = pieces_of(job, rounds)
         while True:
-            since = job.result.decode_seconds
             try:
-                piece = next(pieces, None)
-                if piece is not None:
-                    self._note(job, piece, since)
+                noted = next(found, None)
+                if noted is not None:
+                    self._note(job, *noted)
             except Exception as error:
                 self._end(job, error)
-                break
-            if piece is None:
-                break
+                return True
+            if noted is None:
+                return True
             if job.result.finished:
                 self._end(job)
-                break
+                return True
             if self._stopped(job):
-                break
-        if drafts is not None and self._on_round is not None:
-            self._on_round(drafts.drafted - before[0], drafts.accepted - before[1])
-        return True
+                return True
 
     def _step(self, engine: TokenEngine, batch: Batch) -> None:
         """One step of an engine, and what each job makes of its logits."""
@@ -295,10 +288,8 @@ class Scheduler:
         """What of a batch there is memory for, once the jobs that began last have given theirs up."""
         while True:
             batch = [(job, tokens) for job, tokens in batch if job.sequence is not None]
-            if self._memory.holds(batch):
+            if self._is_free(self._memory.holds, batch):
                 return batch
-            if self._kept.drop():
-                continue
             if len(self._active) == 1:
                 error = ActTailError(
                     "the KV memory does not hold this generation alone; give the server more, or ask for less"
@@ -373,13 +364,17 @@ class Scheduler:
             job.result.drafts.plain += 1
         self._note(job, piece, before)
 
-    def _note(self, job: Job, piece: Piece, before: float | None) -> None:
+    def _note(
+        self, job: Job, piece: Piece, before: float | None, drafted: int = 0, kept: int = 0
+    ) -> None:
         """Count a token and hand it on.
 
         Args:
             job: whose it is.
             piece: what it says.
             before: seconds of decoding at the token before it, None for the first.
+            drafted: tokens that were drafted since then.
+            kept: drafts that were kept since then.
         """
         assert job.sequence is not None  # noqa: S101
         if before is None:
@@ -389,6 +384,8 @@ class Scheduler:
             job.note_read(job.engine.read_share(job.sequence))
         if self._on_token is not None:
             self._on_token(job, None if before is None else job.result.decode_seconds - before)
+        if self._on_drafts is not None:
+            self._on_drafts(drafted, kept)
         job.emit(piece)
 
     def _share(self, job: Job, sequence: Sequence) -> None:

@@ -97,7 +97,7 @@ class Server:
             wait_seconds=options.wait_seconds, run_seconds=options.run_seconds,
             threads=engine.threads,
             keep_prefixes=options.keep_prefixes, memory=KvMemory(limit, lambda: engine.kv_bytes),
-            on_token=self.metrics.token, on_preempted=self.metrics.preempted, on_round=self.metrics.round,
+            on_token=self.metrics.token, on_preempted=self.metrics.preempted, on_drafts=self.metrics.drafts,
         )  # fmt: skip
         self.metrics.watch(self.scheduler)
         self.prompting = Prompting(
