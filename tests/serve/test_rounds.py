@@ -280,7 +280,7 @@ def test_the_server_says_what_became_of_drafts(engine, dense):
     with serving(speaker(engine, ngrams=True)) as url:
         about = httpx.get(f"{url}/about").json()
         assert about["lossless"] is True
-        assert about["drafters"] == {"sparsity": 0.5, "allocator": "alpha", "ngrams": True}
+        assert about["drafters"] == {"sparsity": 0.5, "allocator": "acttail", "ngrams": True}
         assert (about["sparsity"], about["adjustable"]) == (0.0, False)
         assert "dense model's" in about["fixed_because"]
         answer = post(url, body).json()
