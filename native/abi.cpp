@@ -31,11 +31,15 @@ constexpr Field kFields[] = {
 
     STRUCT(norm), FIELD(norm, weight), FIELD(norm, bias),
 
-    STRUCT(block), FIELD(block, qkv), FIELD(block, o), FIELD(block, gate_up), FIELD(block, down),
+    STRUCT(mlp), FIELD(mlp, gate_up), FIELD(mlp, down), FIELD(mlp, gate_offset), FIELD(mlp, up_offset),
+    FIELD(mlp, intermediate),
+
+    STRUCT(block), FIELD(block, qkv), FIELD(block, o), FIELD(block, mlp),
     FIELD(block, input_norm), FIELD(block, attention_norm), FIELD(block, mlp_norm),
     FIELD(block, output_norm), FIELD(block, q_norm), FIELD(block, k_norm), FIELD(block, q_offset),
-    FIELD(block, k_offset), FIELD(block, v_offset), FIELD(block, gate_offset),
-    FIELD(block, up_offset), FIELD(block, window), FIELD(block, rope), FIELD(block, parallel),
+    FIELD(block, k_offset), FIELD(block, v_offset), FIELD(block, window), FIELD(block, router),
+    FIELD(block, expert), FIELD(block, experts), FIELD(block, active), FIELD(block, rope),
+    FIELD(block, parallel), FIELD(block, normalised), FIELD(block, shared_gate),
 
     STRUCT(rope), FIELD(rope, inv_freq), FIELD(rope, half), FIELD(rope, scale), FIELD(rope, padding),
 

@@ -29,20 +29,27 @@ Rows share(const Rows& rows, int64_t t, int64_t threads) {
 }  // namespace
 
 Lane::Lane(const acttail_engine& e)
-    : selection(std::max({e.model.hidden, e.model.intermediate, e.model.heads * e.model.head_dim})),
+    : selection(static_cast<size_t>(e.most_visits),
+                Selection(std::max({e.model.hidden, e.model.intermediate, e.model.heads * e.model.head_dim}))),
       angles(e.ropes),
+      route(e.most_experts, e.most_visits),
       stream(static_cast<size_t>(padded(e.model.hidden))),
       normed(static_cast<size_t>(padded(e.model.hidden))),
-      inner(static_cast<size_t>(padded(2 * e.model.intermediate))),
+      inner(static_cast<size_t>(e.most_visits * padded(2 * e.model.intermediate))),
       attended(static_cast<size_t>(padded(e.model.heads * e.model.head_dim))),
       out(static_cast<size_t>(padded(e.model.hidden))),
-      masked(static_cast<size_t>(padded(e.model.hidden))) {}
+      added(static_cast<size_t>(padded(e.model.hidden))),
+      products(e.products.size()),
+      masked(static_cast<size_t>(padded(e.model.hidden))),
+      parts(static_cast<size_t>(e.most_visits)) {}
 
 Batch::Batch(acttail_engine& engine)
     : engine_(engine),
-      partial_(static_cast<size_t>(engine.pool.threads() * kMostTogether * engine.widest)),
+      partial_(static_cast<size_t>(engine.pool.threads() * stride())),
+      stops_(static_cast<size_t>(engine.pool.threads())),
       scratch_(static_cast<size_t>(engine.pool.threads() * kTogetherScratch)) {
   for (int64_t i = 0; i < kMostTogether; ++i) lanes_.push_back(std::make_unique<Lane>(engine));
+  for (auto& s : stops_) s.reserve(static_cast<size_t>(kMostTogether * engine.most_visits));
   if (engine.model.head_input.matrices > 0) {
     head_sums_.resize(static_cast<size_t>(kMostTogether * columns_of(engine.model.head_input)));
   }
@@ -64,41 +71,104 @@ Position Batch::position(int64_t i) {
   return {*rows_[i].cache, rows_[i].position, lane.angles, sums(i), lane.attended.data()};
 }
 
-void Batch::choose(Lane& lane, const acttail_fused& fused, const float* x, int64_t row) {
-  lane.parts = &lane.selection.choose(engine_.kernels, fused, x);
-  rows_[row].read += lane.selection.weights();
+void Batch::choose(Lane& lane, const acttail_fused& fused, const float* x, int64_t row, int64_t visit) {
+  Selection& selection = lane.selection[static_cast<size_t>(visit)];
+  lane.parts[static_cast<size_t>(visit)] = &selection.choose(engine_.kernels, fused, x);
+  rows_[row].read += selection.weights();
 }
 
-// This thread's share of every lane's W x, into its own partial sums.
 void Batch::project(int t, const acttail_fused& fused) {
-  float* const y = partial_.data() + t * kMostTogether * engine_.widest;
-  bool joint = count_ > 1;
-  for (int64_t i = 0; i < count_; ++i) {
+  const Parts* parts[kMostTogether];
+  for (int64_t i = 0; i < count_; ++i) parts[i] = lanes_[static_cast<size_t>(i)]->parts[0];
+  project(t, fused, parts, count_, 0);
+}
+
+// This thread's share of every vector's W x, into its own partial sums.
+void Batch::project(int t, const acttail_fused& fused, const Parts* const* parts, int64_t count, int64_t at) {
+  float* const y = partial_.data() + t * stride() + at * engine_.widest;
+  bool joint = count > 1;
+  for (int64_t i = 0; i < count; ++i) {
     float* const own = y + i * engine_.widest;
     std::fill(own, own + columns_of(fused), 0.0f);
-    joint = joint && alike(*lanes_[0]->parts, *lanes_[static_cast<size_t>(i)]->parts);
+    joint = joint && alike(*parts[0], *parts[i]);
   }
   const int64_t threads = engine_.pool.threads();
-  const auto mine = [&](int64_t i, int64_t part) {
-    return share(lanes_[static_cast<size_t>(i)]->parts->begin()[part].rows, t, threads);
-  };
-  for (int64_t p = 0; joint && p < lanes_[0]->parts->end() - lanes_[0]->parts->begin(); ++p) {
-    const Part& part = lanes_[0]->parts->begin()[p];
+  for (int64_t p = 0; joint && p < parts[0]->end() - parts[0]->begin(); ++p) {
+    const Part& part = parts[0]->begin()[p];
     Rows rows[kMostTogether];
-    for (int64_t i = 0; i < count_; ++i) rows[i] = mine(i, p);
-    engine_.kernels.add_rows_together(*part.matrix, rows, count_, part.begin, part.end, y + part.at, engine_.widest,
+    for (int64_t i = 0; i < count; ++i) rows[i] = share(parts[i]->begin()[p].rows, t, threads);
+    engine_.kernels.add_rows_together(*part.matrix, rows, count, part.begin, part.end, y + part.at, engine_.widest,
                                       scratch_.data() + t * kTogetherScratch);
   }
-  for (int64_t i = 0; !joint && i < count_; ++i) {
-    const Parts& parts = *lanes_[static_cast<size_t>(i)]->parts;
-    for (int64_t p = 0; p < parts.end() - parts.begin(); ++p) {
-      const Part& part = parts.begin()[p];
-      const Rows rows = mine(i, p);
+  for (int64_t i = 0; !joint && i < count; ++i) {
+    for (const Part& part : *parts[i]) {
+      const Rows rows = share(part.rows, t, threads);
       if (rows.count > 0) {
         engine_.kernels.add_rows(*part.matrix, rows, part.begin, part.end, y + i * engine_.widest + part.at);
       }
     }
   }
+}
+
+void Batch::route(int t, const acttail_block& b, Lane& lane) {
+  if (b.experts == 0) return lane.route.plain(b);
+  engine_.kernels.dot_rows(b.router, lane.normed.data(), 0, b.router.rows, lane.products.data(),
+                           engine_.workers[static_cast<size_t>(t)]->dot.data());
+  lane.route.choose(b, lane.products.data());
+}
+
+const std::vector<Stop>& Batch::stops(int t) {
+  std::vector<Stop>& found = stops_[static_cast<size_t>(t)];
+  found.clear();
+  for (int64_t i = 0; i < count_; ++i) {
+    int64_t visit = 0;
+    for (const Visit& v : lanes_[static_cast<size_t>(i)]->route) found.push_back({v.number, i, visit++, v.mlp});
+  }
+  std::sort(found.begin(), found.end(), [](const Stop& a, const Stop& b) {
+    return a.number != b.number ? a.number < b.number : a.lane < b.lane;
+  });
+  return found;
+}
+
+// Two stages, each MLP's weights read once for all the lanes that visit it.
+void Batch::mlps(int t, const acttail_block& b) {
+  Barrier& barrier = engine_.pool.barrier();
+  const std::vector<Stop>& stops = this->stops(t);
+  const auto stage = [&](acttail_fused acttail_mlp::*fused) {
+    for (size_t first = 0, last = 0; first < stops.size(); first = last) {
+      const Parts* parts[kMostTogether];
+      for (; last < stops.size() && stops[last].number == stops[first].number; ++last) {
+        const Stop& s = stops[last];
+        parts[last - first] = lanes_[static_cast<size_t>(s.lane)]->parts[static_cast<size_t>(s.visit)];
+      }
+      project(t, stops[first].mlp->*fused, parts, static_cast<int64_t>(last - first), static_cast<int64_t>(first));
+    }
+  };
+  // Calls f(lane, row, stop, number of the stop) for the stops of this thread's lanes.
+  const auto own_stops = [&](auto f) {
+    for (size_t i = 0; i < stops.size(); ++i) {
+      const Stop& s = stops[i];
+      if (s.lane % engine_.pool.threads() == t) f(*lanes_[static_cast<size_t>(s.lane)], s, static_cast<int64_t>(i));
+    }
+  };
+  stage(&acttail_mlp::gate_up);
+  barrier.wait();
+  own_stops([&](Lane& lane, const Stop& s, int64_t i) {
+    float* const inner = lane.inner.data() + s.visit * padded(2 * engine_.model.intermediate);
+    engine_.activate(*s.mlp, sums(i), inner);
+    choose(lane, s.mlp->down, inner, s.lane, s.visit);
+  });
+  barrier.wait();
+  stage(&acttail_mlp::down);
+  barrier.wait();
+  // A lane adds up in the order of its route, as it would alone.
+  own(t, [&](Lane& lane, int64_t row) {
+    for (int64_t visit = 0; visit < lane.route.size(); ++visit) {
+      const auto at = std::find_if(stops.begin(), stops.end(), [&](const Stop& s) { return s.lane == row && s.visit == visit; });
+      engine_.add_visit(lane.route.begin()[visit], visit == 0, sums(at - stops.begin()), lane.added.data(), lane.out.data());
+    }
+    engine_.add_to_stream(b.output_norm, lane.out.data(), lane.stream.data());
+  });
 }
 
 // All keys and values come before all queries: a row may see those of the rows before it.
@@ -163,24 +233,16 @@ void Batch::thread(int t) {
     barrier.wait();
     own(t, [&](Lane& lane, int64_t i) {
       if (b.parallel) engine_.norm(b.mlp_norm, lane.stream.data(), m.hidden, lane.normed.data());
-      engine_.add_to_stream(b.o, sums(i), b.attention_norm, lane.out.data(), lane.stream.data());
+      engine_.collect(b.o, sums(i), 0, m.hidden, lane.out.data());
+      engine_.add_to_stream(b.attention_norm, lane.out.data(), lane.stream.data());
       if (!b.parallel) engine_.norm(b.mlp_norm, lane.stream.data(), m.hidden, lane.normed.data());
-      choose(lane, b.gate_up, lane.normed.data(), i);
+      route(t, b, lane);
+      int64_t visit = 0;
+      for (const Visit& v : lane.route) choose(lane, v.mlp->gate_up, lane.normed.data(), i, visit++);
     });
     barrier.wait();
-    project(t, b.gate_up);
-    barrier.wait();
-    own(t, [&](Lane& lane, int64_t i) {
-      engine_.activate(b, sums(i), lane.inner.data());
-      choose(lane, b.down, lane.inner.data(), i);
-    });
-    barrier.wait();
-    project(t, b.down);
-    barrier.wait();
-    own(t, [&](Lane& lane, int64_t i) {
-      engine_.add_to_stream(b.down, sums(i), b.output_norm, lane.out.data(), lane.stream.data());
-      begin(lane, block + 1);
-    });
+    mlps(t, b);
+    own(t, [&](Lane& lane, int64_t) { begin(lane, block + 1); });
   }
   head(t);
 }
@@ -198,7 +260,7 @@ void Batch::head(int t) {
     }
     rows_[i].read += static_cast<double>(m.vocabulary * m.hidden);
     if (f.segments == 0) return;
-    const Parts& parts = lane.selection.choose(engine_.kernels, engine_.head_selection, lane.normed.data());
+    const Parts& parts = lane.selection[0].choose(engine_.kernels, engine_.head_selection, lane.normed.data());
     std::memcpy(lane.masked.data(), parts.begin()->rows.x, sizeof(float) * static_cast<size_t>(m.hidden));
     lane.normed.swap(lane.masked);
   });
@@ -227,7 +289,7 @@ void Batch::head(int t) {
     Rows rows[kMostTogether];
     // One segment: a part, or none where no row is kept.
     for (int64_t k = 0; k < n; ++k) {
-      const Parts& own = *lanes_[static_cast<size_t>(wanted[k])]->parts;
+      const Parts& own = *lanes_[static_cast<size_t>(wanted[k])]->parts[0];
       rows[k] = own.begin() == own.end() ? Rows{nullptr, nullptr, 0, 0} : own.begin()->rows;
     }
     for (int64_t at = first; at < end; at += kHeadColumns) {

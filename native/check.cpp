@@ -1,14 +1,17 @@
 #include "check.hpp"
 
 #include "formats.hpp"
+#include "route.hpp"
 #include "select.hpp"
 
 namespace acttail {
 
 namespace {
 
-// Blocks, heads and rope tables.
+// Blocks, heads, experts and rope tables.
 constexpr int64_t kMostParts = int64_t{1} << 16;
+// Experts that a token visits in a block; spec.py says the same.
+constexpr int64_t kMostActive = 256;
 
 bool runnable(const acttail_segment& s, int64_t inputs) {
   const bool selects = s.rule == ACTTAIL_DENSE || s.rule == ACTTAIL_THRESHOLD ||
@@ -52,16 +55,36 @@ bool runnable(const acttail_norm& n, const acttail_model& m, bool needed) {
   return (n.weight != nullptr || (!needed && n.bias == nullptr)) && (n.bias == nullptr || m.layer_norm != 0);
 }
 
+bool runnable(const acttail_mlp& p, const acttail_model& m) {
+  const int64_t n = p.intermediate;
+  return n >= 1 && n <= m.intermediate && runnable(p.gate_up, m.hidden) && runnable(p.down, n) &&
+         holds(p.gate_up, p.up_offset, n) && holds(p.down, 0, m.hidden) &&
+         (p.gate_offset < 0 || (holds(p.gate_up, p.gate_offset, n) && apart(p.gate_offset, n, p.up_offset, n)));
+}
+
+// A router and what it chooses from, or neither, and an MLP that every token visits where there is no router.
+bool routed(const acttail_block& b, const acttail_model& m) {
+  const bool own = own_mlp(b);
+  if (own ? !runnable(b.mlp, m) : b.mlp.gate_up.segments != 0 || b.mlp.down.matrices != 0) return false;
+  if (b.experts == 0) return own && b.active == 0 && b.shared_gate == 0;
+  const bool gated = b.shared_gate == 0 || (b.shared_gate == 1 && own);
+  if (b.experts < 0 || b.experts > kMostParts || b.expert == nullptr || b.active < 1 || b.active > kMostActive ||
+      b.active > b.experts || !gated || b.router.format != kF32 || !usable_output_major(b.router) ||
+      b.router.rows != b.experts + b.shared_gate || b.router.columns != padded(m.hidden)) {
+    return false;
+  }
+  for (int64_t e = 0; e < b.experts; ++e) {
+    if (!runnable(b.expert[e], m)) return false;
+  }
+  return true;
+}
+
 bool runnable(const acttail_block& b, const acttail_model& m) {
   const int64_t heads = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
-  return runnable(b.qkv, m.hidden) && runnable(b.o, heads) && runnable(b.gate_up, m.hidden) &&
-         runnable(b.down, m.intermediate) && holds(b.qkv, b.q_offset, heads) &&
+  return runnable(b.qkv, m.hidden) && runnable(b.o, heads) && holds(b.qkv, b.q_offset, heads) &&
          holds(b.qkv, b.k_offset, kv) && holds(b.qkv, b.v_offset, kv) && holds(b.o, 0, m.hidden) &&
-         (b.gate_offset < 0 || holds(b.gate_up, b.gate_offset, m.intermediate)) &&
-         holds(b.gate_up, b.up_offset, m.intermediate) && holds(b.down, 0, m.hidden) &&
          apart(b.q_offset, heads, b.k_offset, kv) && apart(b.q_offset, heads, b.v_offset, kv) &&
-         apart(b.k_offset, kv, b.v_offset, kv) &&
-         (b.gate_offset < 0 || apart(b.gate_offset, m.intermediate, b.up_offset, m.intermediate)) &&
+         apart(b.k_offset, kv, b.v_offset, kv) && routed(b, m) &&
          runnable(b.input_norm, m, true) && runnable(b.mlp_norm, m, true) &&
          runnable(b.attention_norm, m, false) && runnable(b.output_norm, m, false) &&
          runnable(b.q_norm, m, false) && runnable(b.k_norm, m, false) && b.window >= 0 && b.rope >= -1 &&

@@ -18,13 +18,15 @@ int64_t largest_input(const acttail_model& m) {
 
 }  // namespace
 
-Worker::Worker(const acttail_model& m)
+Worker::Worker(const acttail_model& m, int64_t most_experts, int64_t most_visits)
     : selection(largest_input(m)),
+      route(most_experts, most_visits),
       stream(static_cast<size_t>(padded(m.hidden))),
       normed(static_cast<size_t>(padded(m.hidden))),
       inner(static_cast<size_t>(padded(2 * m.intermediate))),
       heads(static_cast<size_t>(padded(m.head_dim) * (m.heads / m.kv_heads))),
       out(static_cast<size_t>(std::max(padded(m.hidden), padded(m.head_dim) * (m.heads / m.kv_heads)))),
+      added(static_cast<size_t>(padded(m.hidden))),
       key(static_cast<size_t>(padded(m.head_dim)) * 4),
       value(static_cast<size_t>(padded(m.head_dim)) * 4),
       dot(static_cast<size_t>(dot_scratch(padded(m.hidden)))),
@@ -65,14 +67,21 @@ acttail_engine::acttail_engine(const acttail_model& m, int threads)
       kernels(acttail::kernels()),
       pool(threads),
       widest(0),
+      most_experts(0),
+      most_visits(1),
       angles(ropes) {
-  for (int t = 0; t < threads; ++t) workers.push_back(std::make_unique<Worker>(m));
+  int64_t routed = 0;
+  const auto widen = [&](const acttail_fused& f) { widest = std::max(widest, acttail::columns_of(f)); };
   for (const acttail_block& b : blocks) {
-    for (const acttail_fused* f : {&b.qkv, &b.o, &b.gate_up, &b.down}) {
-      widest = std::max(widest, acttail::columns_of(*f));
-    }
+    widen(b.qkv), widen(b.o), widen(b.mlp.gate_up), widen(b.mlp.down);
+    for (int64_t e = 0; e < b.experts; ++e) widen(b.expert[e].gate_up), widen(b.expert[e].down);
+    if (b.experts > 0) routed = std::max(routed, b.router.rows);
+    most_experts = std::max(most_experts, b.experts);
+    most_visits = std::max(most_visits, acttail::visits_of(b));
   }
-  for (auto& p : partial) p.resize(static_cast<size_t>(widest * threads));
+  products.resize(static_cast<size_t>(routed));
+  for (int t = 0; t < threads; ++t) workers.push_back(std::make_unique<Worker>(m, most_experts, most_visits));
+  for (int stage = 0; stage < 4; ++stage) partial[stage].resize(static_cast<size_t>(stride(stage) * threads));
   head_selection = m.head_input;
   if (m.head_input.matrices > 0) {
     head_sums.resize(static_cast<size_t>(acttail::columns_of(m.head_input)));
@@ -97,11 +106,13 @@ void acttail_engine::reserve(int64_t positions) {
   }
 }
 
+int64_t acttail_engine::stride(int stage) const { return stage < kGateUp ? widest : most_visits * widest; }
+
 // This thread's share of W x: an equal part of the kept rows, into its own partial sums.
-void acttail_engine::project(int t, Worker& w, const acttail_fused& fused, const float* x, int stage) {
+void acttail_engine::project(int t, Worker& w, const acttail_fused& fused, const float* x, int stage, int64_t visit) {
   const auto& parts = w.selection.choose(kernels, fused, x);
   if (t == 0) w.read += w.selection.weights();
-  float* y = partial[stage].data() + t * widest;
+  float* y = partial[stage].data() + t * stride(stage) + visit * widest;
   std::fill(y, y + acttail::columns_of(fused), 0.0f);
   const int64_t threads = pool.threads();
   for (const Part& part : parts) {
@@ -131,9 +142,7 @@ void acttail_engine::norm(const acttail_norm& n, const float* x, int64_t width, 
   }
 }
 
-void acttail_engine::add_to_stream(const acttail_fused& fused, acttail::Sums sums, const acttail_norm& n,
-                                   float* out, float* stream) const {
-  collect(fused, sums, 0, model.hidden, out);
+void acttail_engine::add_to_stream(const acttail_norm& n, float* out, float* stream) const {
   norm(n, out, model.hidden, out);
   if (model.residual_scale != 1.0f) {
     for (int64_t i = 0; i < model.hidden; ++i) out[i] *= model.residual_scale;
@@ -141,15 +150,26 @@ void acttail_engine::add_to_stream(const acttail_fused& fused, acttail::Sums sum
   kernels.accumulate(stream, out, model.hidden);
 }
 
-void acttail_engine::activate(const acttail_block& b, acttail::Sums sums, float* inner) const {
-  collect(b.gate_up, sums, b.up_offset, model.intermediate, inner);
-  if (b.gate_offset >= 0) {
-    float* gate = inner + model.intermediate;
-    collect(b.gate_up, sums, b.gate_offset, model.intermediate, gate);
-    kernels.activate(gate, inner, model.intermediate, model.activation, inner);
+void acttail_engine::activate(const acttail_mlp& mlp, acttail::Sums sums, float* inner) const {
+  const int64_t n = mlp.intermediate;
+  collect(mlp.gate_up, sums, mlp.up_offset, n, inner);
+  if (mlp.gate_offset >= 0) {
+    float* gate = inner + n;
+    collect(mlp.gate_up, sums, mlp.gate_offset, n, gate);
+    kernels.activate(gate, inner, n, model.activation, inner);
   } else {
-    kernels.activate(inner, nullptr, model.intermediate, model.activation, inner);
+    kernels.activate(inner, nullptr, n, model.activation, inner);
   }
+}
+
+void acttail_engine::add_visit(const acttail::Visit& visit, bool first, acttail::Sums sums, float* room,
+                               float* out) const {
+  float* const made = first ? out : room;
+  collect(visit.mlp->down, sums, 0, model.hidden, made);
+  if (visit.weight != 1.0f) {
+    for (int64_t i = 0; i < model.hidden; ++i) made[i] *= visit.weight;
+  }
+  if (!first) kernels.accumulate(out, room, model.hidden);
 }
 
 void acttail_engine::embed(int64_t token, int64_t position, std::vector<float>& stream) const {
@@ -251,6 +271,35 @@ void acttail_engine::attention(int t, Worker& w, const acttail_block& b, int64_t
   }
 }
 
+// What a block's MLPs, or those of them that the router chooses, make of w.normed, into w.out. Every thread chooses
+// for itself, of products that are shared out: a router of 128 experts is as large as half an expert in int4.
+void acttail_engine::mlps(int t, Worker& w, const acttail_block& b) {
+  acttail::Barrier& barrier = pool.barrier();
+  if (b.experts > 0) {
+    const int64_t rows = b.router.rows, threads = pool.threads();
+    kernels.dot_rows(b.router, w.normed.data(), rows * t / threads, rows * (t + 1) / threads, products.data(),
+                     w.dot.data());
+    barrier.wait();
+    w.route.choose(b, products.data());
+  } else {
+    w.route.plain(b);
+  }
+  int64_t at = 0;
+  for (const acttail::Visit& v : w.route) project(t, w, v.mlp->gate_up, w.normed.data(), kGateUp, at++);
+  barrier.wait();
+  at = 0;
+  for (const acttail::Visit& v : w.route) {
+    activate(*v.mlp, sums(kGateUp, at), w.inner.data());
+    project(t, w, v.mlp->down, w.inner.data(), kDown, at++);
+  }
+  barrier.wait();
+  at = 0;
+  for (const acttail::Visit& v : w.route) {
+    add_visit(v, at == 0, sums(kDown, at), w.added.data(), w.out.data());
+    ++at;
+  }
+}
+
 void acttail_engine::token(int t, acttail_cache& cache, int64_t token, int64_t position,
                            float* logits) {
   Worker& w = *workers[static_cast<size_t>(t)];
@@ -267,14 +316,11 @@ void acttail_engine::token(int t, acttail_cache& cache, int64_t token, int64_t p
     project(t, w, b.o, attended.data(), kOutput);
     barrier.wait();
     if (b.parallel) norm(b.mlp_norm, w.stream.data(), model.hidden, w.normed.data());
-    add_to_stream(b.o, sums(kOutput), b.attention_norm, w.out.data(), w.stream.data());
+    collect(b.o, sums(kOutput), 0, model.hidden, w.out.data());
+    add_to_stream(b.attention_norm, w.out.data(), w.stream.data());
     if (!b.parallel) norm(b.mlp_norm, w.stream.data(), model.hidden, w.normed.data());
-    project(t, w, b.gate_up, w.normed.data(), kGateUp);
-    barrier.wait();
-    activate(b, sums(kGateUp), w.inner.data());
-    project(t, w, b.down, w.inner.data(), kDown);
-    barrier.wait();
-    add_to_stream(b.down, sums(kDown), b.output_norm, w.out.data(), w.stream.data());
+    mlps(t, w, b);
+    add_to_stream(b.output_norm, w.out.data(), w.stream.data());
   }
   if (logits == nullptr) return;
   norm(model.final_norm, w.stream.data(), model.hidden, w.normed.data());

@@ -78,18 +78,34 @@ struct acttail_norm {
   const float* bias;    // [n] or null; of LayerNorm only
 };
 
+// down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
+struct acttail_mlp {
+  struct acttail_fused gate_up, down;
+  int64_t gate_offset, up_offset;  // columns of gate_up; gate_offset < 0: no gate
+  int64_t intermediate;
+};
+
+// A block has an MLP of its own, or experts of which a router chooses some for each token, or both: then what its own,
+// which every token visits, makes is added to the experts'.
 struct acttail_block {
-  struct acttail_fused qkv, o, gate_up, down;
+  struct acttail_fused qkv, o;
+  struct acttail_mlp mlp;  // its own; without matrices: none
   struct acttail_norm input_norm;           // before attention
   struct acttail_norm attention_norm;       // on the attention's output, before it is added
   struct acttail_norm mlp_norm;             // before the MLP
   struct acttail_norm output_norm;          // on the MLP's output, before it is added
   struct acttail_norm q_norm, k_norm;       // per head
   int64_t q_offset, k_offset, v_offset;     // columns of qkv
-  int64_t gate_offset, up_offset;           // columns of gate_up; gate_offset < 0: no gate
   int64_t window;                           // positions a token sees, itself included; 0: all
-  int32_t rope;                             // which rope table; -1: none
-  int32_t parallel;                         // 1: the MLP reads the stream as it was before the attention
+  // Output-major fp32 [experts + shared_gate][hidden]. Of the softmax over the experts' products the `active` largest
+  // are their experts' weights.
+  struct acttail_matrix router;
+  const struct acttail_mlp* expert;
+  int64_t experts, active;  // 0: none
+  int32_t rope;             // which rope table; -1: none
+  int32_t parallel;         // 1: the MLP reads the stream as it was before the attention
+  int32_t normalised;       // 1: the active experts' weights are divided by their sum
+  int32_t shared_gate;      // 1: the sigmoid of the router's last product is the weight of the block's own MLP
 };
 
 struct acttail_rope {
@@ -111,6 +127,7 @@ struct acttail_model {
   struct acttail_norm final_norm;
   const float* head_bias;  // [vocabulary] or null
   const float* position;   // [positions][hidden], added to the embedding; or null. No sequence is longer
+  // intermediate: of the widest MLP.
   int64_t blocks, ropes, hidden, heads, kv_heads, head_dim, intermediate, vocabulary, positions;
   float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale;
   float residual_scale;  // of what the attention and the MLP add to the stream
@@ -167,8 +184,8 @@ ACTTAIL_API int acttail_cache_set_length(struct acttail_cache* cache, int64_t le
 // Run `count` tokens one after the other. logits is [count][vocabulary] if all_logits, else
 // [vocabulary] of the last token. read, if not null, receives how many weights all these tokens read: of every
 // projection, the rows it read (those it keeps, all of them under a dense kernel) times its outputs, and
-// vocabulary * hidden for every row of logits, or what was read of a head with rows of its own. Padding,
-// scales, norms and the embedding's row do not count, so that a dense token without logits reads exactly as many
+// vocabulary * hidden for every row of logits, or what was read of a head with rows of its own; of experts those
+// that were chosen. Padding, scales, norms, routers and the embedding's row do not count, so that a dense token without logits reads exactly as many
 // weights as its projections have. An engine belongs to the process that made it: in a
 // child of fork() its threads are not there, and the call says ACTTAIL_FAILED.
 ACTTAIL_API int acttail_engine_forward(struct acttail_engine* engine, struct acttail_cache* cache,

@@ -8,6 +8,7 @@
 #include "engine.h"
 #include "kernels.hpp"
 #include "pool.hpp"
+#include "route.hpp"
 #include "select.hpp"
 
 namespace acttail {
@@ -15,9 +16,10 @@ namespace acttail {
 // What one thread works with. Every thread holds the whole residual stream and computes norms,
 // activations and selections for itself: that is cheaper than meeting at one more barrier.
 struct Worker {
-  explicit Worker(const acttail_model& m);
+  Worker(const acttail_model& m, int64_t most_experts, int64_t most_visits);
   Selection selection;
-  std::vector<float> stream, normed, inner, heads, scores, out;
+  Route route;
+  std::vector<float> stream, normed, inner, heads, scores, out, added;
   std::vector<uint8_t> key, value, dot;
   std::vector<float> masked;  // the head's input
   double read = 0;
@@ -64,11 +66,12 @@ struct acttail_engine {
   void finish_logits(float* logits, int64_t first, int64_t last) const;
   void collect(const acttail_fused& fused, acttail::Sums sums, int64_t begin, int64_t n, float* out) const;
   void norm(const acttail_norm& n, const float* x, int64_t width, float* y) const;
-  // Collects a stage, norms it and adds it to the stream; out is room for it.
-  void add_to_stream(const acttail_fused& fused, acttail::Sums sums, const acttail_norm& n, float* out,
-                     float* stream) const;
-  // What the MLP's activation makes of its first stage; inner has room for twice of it.
-  void activate(const acttail_block& b, acttail::Sums sums, float* inner) const;
+  // Norms what the attention or the MLPs made and adds it to the stream.
+  void add_to_stream(const acttail_norm& n, float* out, float* stream) const;
+  // What an MLP's activation makes of its first stage; inner has room for twice of it.
+  void activate(const acttail_mlp& mlp, acttail::Sums sums, float* inner) const;
+  // Adds what an MLP made to what those before it made, each times its weight; room is for one of them.
+  void add_visit(const acttail::Visit& visit, bool first, acttail::Sums sums, float* room, float* out) const;
   // The key and value of one group of heads, as the cache has them, into w.key and w.value.
   void make_entry(acttail::Worker& w, const acttail_block& b, const acttail::Position& p, int64_t group,
                   float* key_scale, float* value_scale) const;
@@ -86,7 +89,10 @@ struct acttail_engine {
   acttail::Pool pool;
   std::vector<std::unique_ptr<acttail::Worker>> workers;
   int64_t widest;              // columns of the widest stage
-  std::vector<float> partial[4];  // per stage (qkv, o, gate_up, down): [threads][widest]
+  int64_t most_experts;        // of a block
+  int64_t most_visits;         // MLPs of one block that a token visits
+  std::vector<float> partial[4];  // per stage (qkv, o, gate_up, down): [threads][visits, 1 of qkv and o][widest]
+  std::vector<float> products;    // of a block's router
   std::vector<float> attended;    // [heads * head_dim]
   acttail_fused head_selection;   // of a head without rows of its own: what of its input stays
   std::vector<float> head_sums;   // [columns] of a head with rows of its own
@@ -96,8 +102,12 @@ struct acttail_engine {
  private:
   // Everything of thread `t`. Partial products of the threads meet in `partial`.
   void token(int t, acttail_cache& cache, int64_t token, int64_t position, float* logits);
-  void project(int t, acttail::Worker& w, const acttail_fused& fused, const float* x, int stage);
-  acttail::Sums sums(int stage) const { return {partial[stage].data(), widest}; }
+  void project(int t, acttail::Worker& w, const acttail_fused& fused, const float* x, int stage, int64_t visit = 0);
+  acttail::Sums sums(int stage, int64_t visit = 0) const {
+    return {partial[stage].data() + visit * widest, stride(stage)};
+  }
+  int64_t stride(int stage) const;  // between threads
+  void mlps(int t, acttail::Worker& w, const acttail_block& b);
   void attention(int t, acttail::Worker& w, const acttail_block& b, int64_t block, const acttail::Position& p);
   void head(int t, acttail::Worker& w, float* logits);
 };

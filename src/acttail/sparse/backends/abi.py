@@ -49,15 +49,24 @@ class Norm(ctypes.Structure):
     _fields_ = (("weight", _pointer), ("bias", _pointer))
 
 
+class Mlp(ctypes.Structure):
+    """struct acttail_mlp."""
+
+    _fields_ = (
+        ("gate_up", Fused), ("down", Fused), ("gate_offset", _i64), ("up_offset", _i64), ("intermediate", _i64),
+    )  # fmt: skip
+
+
 class Block(ctypes.Structure):
     """struct acttail_block."""
 
     _fields_ = (
-        ("qkv", Fused), ("o", Fused), ("gate_up", Fused), ("down", Fused),
+        ("qkv", Fused), ("o", Fused), ("mlp", Mlp),
         ("input_norm", Norm), ("attention_norm", Norm), ("mlp_norm", Norm), ("output_norm", Norm),
         ("q_norm", Norm), ("k_norm", Norm),
-        ("q_offset", _i64), ("k_offset", _i64), ("v_offset", _i64), ("gate_offset", _i64), ("up_offset", _i64),
-        ("window", _i64), ("rope", _i32), ("parallel", _i32),
+        ("q_offset", _i64), ("k_offset", _i64), ("v_offset", _i64), ("window", _i64),
+        ("router", Matrix), ("expert", ctypes.POINTER(Mlp)), ("experts", _i64), ("active", _i64),
+        ("rope", _i32), ("parallel", _i32), ("normalised", _i32), ("shared_gate", _i32),
     )  # fmt: skip
 
 
@@ -82,8 +91,8 @@ class Model(ctypes.Structure):
 
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
-    "matrix": Matrix, "segment": Segment, "fused": Fused, "norm": Norm, "block": Block, "rope": Rope,
-    "model": Model,
+    "matrix": Matrix, "segment": Segment, "fused": Fused, "norm": Norm, "mlp": Mlp, "block": Block,
+    "rope": Rope, "model": Model,
 }  # fmt: skip
 
 _matrix = ctypes.POINTER(Matrix)
