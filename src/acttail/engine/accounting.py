@@ -2,7 +2,7 @@
 
 Weights
     Entries of matrices, without the padding to whole blocks, as the native kernels count them: a projection
-    has d_in * d_out. An output head that is read by its outputs counts apart from the projections; one with
+    has d_in * d_out, and of a block's experts count as many as a token visits. An output head that is read by its outputs counts apart from the projections; one with
     rows of its own (a plan drops some of its input) is one of them. Nothing else counts.
 Share
     Weights of the projections that were read, over all they have: exactly 1 for a dense token, and never
@@ -14,8 +14,10 @@ Bytes
     apart: keys and values of every position, with their scales.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from acttail.engine.formats import KvFormat
@@ -52,7 +54,11 @@ def matrix_weights(layout: Layout, name: str) -> int:
 
 def projection_weights(layout: Layout) -> int:
     """Weights of all projections: what a dense token reads of them."""
-    return sum(matrix_weights(layout, name) for name in layout.segments)
+    found: Counter[Fraction] = Counter()
+    for name in layout.segments:
+        found[layout.share(name)] += matrix_weights(layout, name)
+    # Whole, for a block's experts are of one size.
+    return int(sum(share * weights for share, weights in found.items()))
 
 
 def head_weights(layout: Layout) -> int:
@@ -80,6 +86,8 @@ def planned_weights(
 ) -> dict[str, float]:
     """Fused matrix -> weights that a token reads if every projection keeps the plan's number of inputs.
 
+    Of an expert the share of all tokens that visit it, if it has as many as the others.
+
     Args:
         layout: of the packed model.
         plan: it runs under, None for dense.
@@ -88,7 +96,7 @@ def planned_weights(
     found = {}
     for name, segments in layout.segments.items():
         rows = layout.shapes[name].rows
-        found[name] = float(sum(
+        found[name] = float(layout.share(name) * sum(
             s.d_out * (rows if s.name in dense_kernel else _kept(plan, s.name, rows)) for s in segments
         ))  # fmt: skip
     return found
@@ -115,12 +123,12 @@ def packed_bytes(
     layout = packed.layout
     planned = planned_weights(layout, plan, dense_kernel)
     read = 1.0 if share is None else share * projection_weights(layout) / sum(planned.values())
-    dense = sum(shape.bytes for n, shape in layout.shapes.items() if n in layout.segments)
+    dense = round(sum(layout.share(n) * layout.shapes[n].bytes for n in layout.segments))
     sparse = 0.0
     for name, weights in planned.items():
         shape = layout.shapes[name]
         part = read * weights / matrix_weights(layout, name)
-        sparse += part * shape.rows * shape.row_bytes + shape.scale_bytes
+        sparse += part * shape.rows * shape.row_bytes + float(layout.share(name)) * shape.scale_bytes
     head = layout.head_shape.bytes
     whole = 0 if HEAD_MATRIX in layout.segments else head
     dense -= head - whole
@@ -146,14 +154,14 @@ def other_bytes(layout: Layout, sizes: Mapping[str, int]) -> int:
 def projection_bytes(layout: Layout) -> dict[str, tuple[float, float]]:
     """Projection -> bytes of its rows, of which a plan reads a share, and of its scales, which are read whole.
 
-    Projections side by side share their matrix's bytes as they do its outputs, the padding included.
+    Both of an expert times the share of all tokens that visit it. Projections side by side share their matrix's bytes as they do its outputs, the padding included.
     """
     found = {}
     for name, segments in layout.segments.items():
         shape = layout.shapes[name]
         outputs = sum(s.d_out for s in segments)
         for s in segments:
-            part = s.d_out / outputs
+            part = float(layout.share(name)) * s.d_out / outputs
             found[s.name] = part * shape.rows * shape.row_bytes, part * shape.scale_bytes
     return found
 

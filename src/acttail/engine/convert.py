@@ -15,7 +15,16 @@ from acttail.base.progress import Progress
 from acttail.engine.blocks import padded
 from acttail.engine.config import EngineConfig
 from acttail.engine.formats import DEFAULT, Format, format_of_kind, projection_format, weight_format
-from acttail.engine.layout import FUSED, HEAD_BIAS, HEAD_MATRIX, POSITIONS, Layout, Segment, Sizes
+from acttail.engine.layout import (
+    HEAD_BIAS,
+    HEAD_MATRIX,
+    POSITIONS,
+    Layout,
+    Segment,
+    Sizes,
+    Stage,
+    stages,
+)
 from acttail.engine.packing import pack, unpack
 from acttail.engine.shapes import Shape, shape_for
 from acttail.engine.spec import DecoderSpec, bias_of
@@ -75,12 +84,10 @@ class Conversion:
         head = config.head
         shapes: dict[str, Shape] = {}
         segments: dict[str, tuple[Segment, ...]] = {}
-        for i in range(len(spec.blocks)):
-            for fused, _ in FUSED:
-                stage = f"blocks.{i}.{fused}"
-                for n, (own, group, members) in enumerate(self._by_format(i, fused)):
-                    name = f"{stage}.{n}" if n else stage
-                    shapes[name], segments[name] = self._laid_out(members, own, group)
+        for stage in stages(spec):
+            for n, (own, group, members) in enumerate(self._by_format(stage)):
+                name = f"{stage.name}.{n}" if n else stage.name
+                shapes[name], segments[name] = self._laid_out(members, own, group)
         # Of the embedding a token reads one row, whatever the head does: a head with rows of its own, which
         # is there twice if it is tied, costs memory, but no time.
         table = shape_for(
@@ -136,15 +143,12 @@ class Conversion:
             shape = replace(shape, group=kind.entries, asymmetric=kind.minimum)
         return shape, segments
 
-    def _by_format(
-        self, block: int, fused: str
-    ) -> list[tuple[Format, int | None, list[Projection]]]:
+    def _by_format(self, stage: Stage) -> list[tuple[Format, int | None, list[Projection]]]:
         """What reads one vector: a format, a group (None for the format's) and the projections that have them.
 
         One entry unless each projection is as wide as its file has it; what keeps most comes first.
         """
-        names = self.spec.blocks[block].projections
-        members = [names[kind] for kind in dict(FUSED)[fused] if kind in names]
+        members = list(stage.members.values())
         members.sort(key=lambda n: _kept_first(self._order, n))
         found: dict[tuple[object, ...], tuple[Format, int | None, list[Projection]]] = {}
         for p in (self.by_name[n] for n in members):
@@ -249,15 +253,13 @@ class Conversion:
     def _biases(self) -> dict[str, torch.Tensor]:
         """Stage -> bias of all its columns; nothing for those without. Small, so read once."""
         found: dict[str, torch.Tensor] = {}
-        for i in range(len(self.spec.blocks)):
-            for fused, _ in FUSED:
-                stage = f"blocks.{i}.{fused}"
-                segments = self.layout.stage(stage)
-                for s in segments:
-                    with suppress(ModelError):  # most projections have none
-                        part = self.weights.tensor(f"{self.by_name[s.name].module}.bias")
-                        whole = found.setdefault(stage, torch.zeros(segments[-1].end))
-                        whole[s.begin : s.begin + s.d_out] = part.float()
+        for stage in self.layout.stages:
+            segments = self.layout.stage(stage.name)
+            for s in segments:
+                with suppress(ModelError):  # most projections have none
+                    part = self.weights.tensor(f"{self.by_name[s.name].module}.bias")
+                    whole = found.setdefault(stage.name, torch.zeros(segments[-1].end))
+                    whole[s.begin : s.begin + s.d_out] = part.float()
         return found
 
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -294,6 +296,8 @@ class Conversion:
                 raise ActTailError(f"{name} has {values.numel()} entries, not {width}")
             yield name, (values + shift).clone()
         spec = self.spec
+        for name, (rows, columns) in self.layout.routers():
+            yield name, self._router(name, rows, columns)
         if spec.positions is not None:
             table = self.weights.tensor(spec.positions).float()[spec.first_position :]
             if table.shape != (spec.context, spec.hidden):
@@ -308,6 +312,21 @@ class Conversion:
                     f"{spec.head_bias} has {bias.numel()} entries, not {spec.vocabulary}"
                 )
             yield HEAD_BIAS, bias.contiguous()
+
+    def _router(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """[rows, columns] float32: a row for each expert, then that of the shared MLP's gate."""
+        experts = self.spec.blocks[int(name.split(".")[1])].experts
+        assert experts is not None  # noqa: S101  (the layout says so)
+        names = [experts.router, *([experts.shared_gate] if experts.shared_gate else [])]
+        parts = [self.weights.tensor(n).float() for n in names]
+        found = torch.zeros(rows, columns)
+        whole = torch.cat(parts)
+        if whole.shape != (rows, self.spec.hidden):
+            raise ActTailError(
+                f"{experts.router} has not a row of {self.spec.hidden} features for each expert"
+            )
+        found[:, : self.spec.hidden] = whole
+        return found
 
     def _write(self, name: str, shape: Shape, into: dict[str, torch.Tensor]) -> None:
         """Fill the tensors of one matrix."""

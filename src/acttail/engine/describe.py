@@ -3,7 +3,7 @@
 A family says what its blocks are made of; what a block holds beyond that is refused, not left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from acttail.engine.families import FAMILIES, Family
-from acttail.engine.spec import BlockSpec, DecoderSpec, UnsupportedModelError, bias_of
+from acttail.engine.families.family import EXPERT
+from acttail.engine.spec import (
+    MOST_ACTIVE,
+    BlockSpec,
+    DecoderSpec,
+    ExpertsSpec,
+    UnsupportedModelError,
+    bias_of,
+)
 from acttail.model.projections import Projection, decoder_blocks, find_projections
 from acttail.model.weights import StoredWeights
 
@@ -39,20 +47,22 @@ def describe(model: Any) -> DecoderSpec:
     path, stack = decoder_blocks(model)
     prefix = path.rpartition(".")[0]
     root: Any = model.get_submodule(prefix)
-    projections: dict[int, dict[str, Projection]] = {}
+    projections: dict[int, list[Projection]] = {}
     for p in find_projections(model):
-        projections.setdefault(p.block, {})[p.kind] = p
+        projections.setdefault(p.block, []).append(p)
     tables, index_of = _ropes(family, root, config)
-    blocks = tuple(
-        BlockSpec(
-            _projections(family, projections[i], i),
+    blocks = []
+    for i, block in enumerate(stack):
+        own = _own_projections(family, projections[i], i)
+        blocks.append(BlockSpec(
+            {kind: p.name for kind, p in own.items()},
             _norms(family, f"{path}.{i}", block, projections[i], i),
             family.window(config, i),
             _rope_of(family, config, index_of, i),
-        )
-        for i, block in enumerate(stack)
-    )
-    inner = projections[0]["fc2" if "fc2" in family.projections else "down"]
+            next((p.d_in for kind, p in own.items() if kind in ("down", "fc2")), None),
+            _experts(family, config, f"{path}.{i}", projections[i], i),
+        ))  # fmt: skip
+    inner = max(n for b in blocks for n in (b.inner, b.experts and b.experts.inner) if n)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     head = model.get_output_embeddings()
     if head is None:
@@ -78,14 +88,14 @@ def describe(model: Any) -> DecoderSpec:
     return DecoderSpec(
         family=name, hidden=config.hidden_size, heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim=head_dim,
-        intermediate=inner.d_in, vocabulary=tokens.num_embeddings,
+        intermediate=inner, vocabulary=tokens.num_embeddings,
         context=_context(config), norm_eps=setting(family.norm_eps), norm_shift=family.norm_shift,
         activation=_activation(family, config),
         attention_scale=setting(family.attention_scale, setting(family.attention_scalar, head_dim) ** -0.5),
         attention_softcap=setting(family.attention_softcap), logit_softcap=setting(family.logit_softcap),
         embedding_scale=family.embedding_scale(config),
         embedding=embedding, head=embedding if tied else _name_of(model, head),
-        final_norm=f"{prefix}.{family.final_norm}.weight", blocks=blocks, ropes=tables,
+        final_norm=f"{prefix}.{family.final_norm}.weight", blocks=tuple(blocks), ropes=tables,
         layer_norm=family.layer_norm,
         positions=f"{prefix}.{family.positions.module}.weight" if family.positions else None,
         first_position=family.positions.first if family.positions else 0,
@@ -172,21 +182,52 @@ def _rope_of(family: Family, config: Any, index_of: Mapping[str | None, int], bl
     return index_of[None] if None in index_of else index_of[config.layer_types[block]]
 
 
-def _projections(
-    family: Family, projections: Mapping[str, Projection], index: int
-) -> dict[str, str]:
-    """Kind -> name of a block's projections."""
-    experts = any(p.expert is not None for p in projections.values())
-    if set(projections) != family.projections or experts:
+def _own_projections(
+    family: Family, projections: Sequence[Projection], index: int
+) -> dict[str, Projection]:
+    """Kind -> projection of a block, apart from its experts'."""
+    own = [p for p in projections if p.expert is None]
+    routed = {p.kind for p in projections if p.expert is not None}
+    kinds = family.beside_experts if routed else family.projections
+    wanted = EXPERT if routed and family.routing is not None else frozenset()
+    if routed != wanted or sorted(p.kind for p in own) != sorted(kinds):
         raise UnsupportedModelError(
             "the native engine does not run a block of "
-            f"{', '.join(sorted(projections))} (block {index})"
+            f"{', '.join(sorted({p.kind for p in projections}))} (block {index})"
         )
-    return {kind: p.name for kind, p in projections.items()}
+    return {p.kind: p for p in own}
+
+
+def _experts(
+    family: Family, config: Any, path: str, projections: Sequence[Projection], index: int
+) -> ExpertsSpec | None:
+    """A block's experts; None without."""
+    routed = [p for p in projections if p.expert is not None]
+    routing = family.routing
+    if not routed or routing is None:
+        return None
+    by_expert: dict[int, dict[str, Projection]] = {}
+    for p in routed:
+        by_expert.setdefault(p.expert or 0, {})[p.kind] = p
+    active = int(getattr(config, routing.active))
+    if not 1 <= active <= min(len(by_expert), MOST_ACTIVE):
+        raise UnsupportedModelError(
+            f"the native engine does not run {config.model_type} models whose {routing.active} is {active} "
+            f"(block {index} has {len(by_expert)} experts, and {MOST_ACTIVE} are the most)"
+        )
+    normalised = routing.normalised
+    return ExpertsSpec(
+        f"{path}.{routing.router}.weight",
+        tuple({kind: p.name for kind, p in by_expert[e].items()} for e in range(len(by_expert))),
+        active,
+        by_expert[0]["down"].d_in,
+        bool(getattr(config, normalised) if isinstance(normalised, str) else normalised),
+        f"{path}.{routing.shared_gate}.weight" if routing.shared else None,
+    )
 
 
 def _norms(
-    family: Family, path: str, block: nn.Module, projections: Mapping[str, Projection], index: int
+    family: Family, path: str, block: nn.Module, projections: Sequence[Projection], index: int
 ) -> dict[str, str]:
     """Role -> weight of a block's norms, once nothing else is in it."""
     names = {role: f"{path}.{name}.weight" for role, name in family.norms.items()}
@@ -194,8 +235,12 @@ def _norms(
     known = set(names.values())
     if family.layer_norm:
         known |= {bias_of(name) for name in names.values()}
+    routing = family.routing
+    if routing is not None and any(p.expert is not None for p in projections):
+        gates = [routing.router, *([routing.shared_gate] if routing.shared else [])]
+        known |= {f"{path}.{gate}.weight" for gate in gates}
     missing = sorted(known - held)
-    for p in projections.values():
+    for p in projections:
         known |= {p.parameter_name, f"{p.module}.bias"}
     strange = sorted(held - known)
     if missing or strange:

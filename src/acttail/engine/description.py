@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 
 from acttail.base.schema import SchemaError, checked
 from acttail.engine.blocks import padded
-from acttail.engine.families import FAMILIES
+from acttail.engine.families import FAMILIES, Family
+from acttail.engine.families.family import EXPERT
 from acttail.engine.formats import stored_format
-from acttail.engine.layout import FUSED, HEAD_MATRIX, READ, Layout, Segment
+from acttail.engine.layout import HEAD_MATRIX, READ, Layout, Segment, Stage
 from acttail.engine.shapes import Shape
-from acttail.engine.spec import BlockSpec, DecoderSpec
+from acttail.engine.spec import DecoderSpec, ExpertsSpec
 from acttail.errors import ActTailError
 from acttail.model.projections import HEAD
 
@@ -66,12 +67,37 @@ def _check_spec(spec: DecoderSpec) -> None:
             _refuse(f"{len(frequencies)} frequencies turn heads of {spec.head_dim}")
     plain = family.positions is not None or family.turned is not None
     for i, block in enumerate(spec.blocks):
-        if set(block.projections) != family.projections:
+        kinds = family.projections if block.experts is None else family.beside_experts
+        if set(block.projections) != kinds:
             _refuse(f"block {i} has the projections {', '.join(sorted(block.projections))}")
+        if (block.inner or 0) > spec.intermediate:
+            _refuse(f"block {i} has an MLP of {block.inner} features, and the widest {spec.intermediate}")
+        if block.experts is not None:
+            _check_experts(spec, family, i, block.experts)
         if set(block.norms) != set(family.norms):
             _refuse(f"block {i} has the norms {', '.join(sorted(block.norms))}")
         if block.rope >= len(spec.ropes) or (block.rope < 0 and not plain):
             _refuse(f"block {i} wants rope table {block.rope} of {len(spec.ropes)}")
+
+
+def _check_experts(spec: DecoderSpec, family: Family, block: int, experts: ExpertsSpec) -> None:
+    routing, count = family.routing, len(experts.projections)
+    if routing is None:
+        _refuse(f"block {block} has experts, and blocks of {spec.family} have none")
+    if experts.active > count:
+        _refuse(f"a token visits {experts.active} of the {count} experts of block {block}")
+    if experts.inner > spec.intermediate:
+        _refuse(f"block {block} has experts of {experts.inner} features, and the widest MLP {spec.intermediate}")
+    if (experts.shared_gate is not None) != routing.shared:
+        _refuse(f"the experts of block {block} are not those of {spec.family}")
+    stacks = {kind: name.rpartition(".")[0] for kind, name in experts.projections[0].items()}
+    for e, own in enumerate(experts.projections):
+        if set(own) != EXPERT:
+            _refuse(f"an expert of block {block} has not the projections {', '.join(sorted(EXPERT))}")
+        if own != {kind: f"{stack}.{e}" for kind, stack in stacks.items()} or not all(
+            "." in stack for stack in stacks.values()
+        ):
+            _refuse(f"expert {e} of block {block} is not named as a part of the others' parameters")
 
 
 def _check_shape(name: str, shape: Shape) -> None:
@@ -90,15 +116,11 @@ def _check_shape(name: str, shape: Shape) -> None:
         _refuse(f"{name} is no matrix of the format {shape.dtype}")
 
 
-def _d_in(spec: DecoderSpec, stage: str) -> int:
-    return {"o": spec.heads * spec.head_dim, "down": spec.intermediate}.get(stage, spec.hidden)
-
-
-def _d_out(spec: DecoderSpec, kind: str) -> int:
+def _d_out(spec: DecoderSpec, kind: str, inner: int) -> int:
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     wide = {
-        "q": q, "k": kv, "v": kv, "qkv": q + 2 * kv, "gate": spec.intermediate, "up": spec.intermediate,
-        "gate_up": 2 * spec.intermediate, "fc1": spec.intermediate,
+        "q": q, "k": kv, "v": kv, "qkv": q + 2 * kv, "gate": inner, "up": inner, "gate_up": 2 * inner,
+        "fc1": inner,
     }  # fmt: skip
     return wide.get(kind, spec.hidden)
 
@@ -106,15 +128,14 @@ def _d_out(spec: DecoderSpec, kind: str) -> int:
 def _check_stages(layout: Layout) -> None:
     """Every stage's matrices hold its block's projections, one after the other, and there are no others."""
     spec, known = layout.spec, set[str]()
-    for i, block in enumerate(spec.blocks):
-        for stage, kinds in FUSED:
-            names = layout.matrices(f"blocks.{i}.{stage}")
-            known |= set(names)
-            there: list[Segment] = []
-            for name in names:
-                _check_matrix(layout, name, _d_in(spec, stage))
-                there += layout.segments[name]
-            _check_members(f"blocks.{i}.{stage}", spec, block, kinds, there)
+    for stage in layout.stages:
+        names = layout.matrices(stage.name)
+        known |= set(names)
+        there: list[Segment] = []
+        for name in names:
+            _check_matrix(layout, name, stage.d_in)
+            there += layout.segments[name]
+        _check_members(spec, stage, there)
     if HEAD_MATRIX in layout.segments:
         known.add(HEAD_MATRIX)
         _check_matrix(layout, HEAD_MATRIX, spec.hidden)
@@ -145,15 +166,13 @@ def _check_matrix(layout: Layout, name: str, d_in: int) -> None:
         _refuse(f"{name} has {shape.columns} columns, of which {at} are filled")
 
 
-def _check_members(
-    stage: str, spec: DecoderSpec, block: BlockSpec, kinds: tuple[str, ...], there: list[Segment]
-) -> None:
+def _check_members(spec: DecoderSpec, stage: Stage, there: list[Segment]) -> None:
     wanted = sorted(
-        (k, block.projections[k], _d_out(spec, k)) for k in kinds if k in block.projections
+        (kind, name, _d_out(spec, kind, stage.inner)) for kind, name in stage.members.items()
     )
     found = sorted((s.kind, s.name, s.d_out) for s in there)
     if found != wanted:
-        _refuse(f"{stage} does not hold the projections of its block, each with its outputs")
+        _refuse(f"{stage.name} does not hold the projections of its block, each with its outputs")
 
 
 def _check_tables(layout: Layout) -> None:

@@ -5,20 +5,24 @@ The annotations are the schema of an .acttail folder's engine.json; :mod:`acttai
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from functools import cached_property
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Len
 
 from acttail.base.schema import STRICT, Name, Size
+from acttail.engine.blocks import padded
 from acttail.engine.formats import Format, stored_format
 from acttail.engine.shapes import Shape
 from acttail.engine.spec import DecoderSpec
 
 # 2: the output head may be input-major, a projection like the others. Folders of version 1 have none such.
 # 3: blocks of Q4_K may end short and have scales of seven bits, as int4 does. Folders of before have int4 in groups.
-VERSION = 3
-READ = (1, 2, VERSION)
+# 4: blocks may have experts. Folders of before have none.
+VERSION = 4
+READ = (1, 2, 3, VERSION)
 # The output head's matrix; a head that is the embedding read by outputs has none.
 HEAD_MATRIX = "head"
 # float32 tables that a few families have: of learned positions, and of the head.
@@ -29,7 +33,66 @@ FUSED = (
     ("gate_up", ("gate", "up", "gate_up", "fc1")), ("down", ("down", "fc2")),
 )  # fmt: skip
 
+# Of a block with experts: float32, its rows padded to blocks, that of the shared MLP's gate after the experts'.
+ROUTER = "router"
+
 Sizes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Projections of a block that read one vector.
+
+    Attributes:
+        name: ``blocks.3.qkv``, ``blocks.3.experts.7.down``.
+        block: index of its block.
+        members: kind -> name of each projection.
+        d_in: features of the vector.
+        inner: features inside of the MLP that it is of; 0 for none.
+        share: of all tokens, those that read it: all, or as many as an expert has if each has as many.
+        expert: index of the expert that it is of, None for none.
+    """
+
+    name: str
+    block: int
+    members: Mapping[str, str]
+    d_in: int
+    inner: int
+    share: Fraction
+    expert: int | None = None
+
+    @property
+    def part(self) -> str:
+        """Its name in :data:`FUSED`."""
+        return self.name.rpartition(".")[2]
+
+
+def stages(spec: DecoderSpec) -> Iterator[Stage]:
+    """Every stage of every block, the experts' after the block's own; those without a projection are left out."""
+    attention = ("qkv", spec.hidden), ("o", spec.heads * spec.head_dim)
+    kinds = dict(FUSED)
+
+    def found(
+        prefix: str, block: int, own: Mapping[str, str], parts: tuple[tuple[str, int], ...], inner: int = 0,
+        share: Fraction = Fraction(1), expert: int | None = None,
+    ) -> Iterator[Stage]:  # fmt: skip
+        for part, d_in in parts:
+            members = {kind: own[kind] for kind in kinds[part] if kind in own}
+            if members:
+                yield Stage(f"{prefix}.{part}", block, members, d_in, inner, share, expert)
+
+    for i, block in enumerate(spec.blocks):
+        yield from found(f"blocks.{i}", i, block.projections, attention)
+        inner = spec.inner(i)
+        mlp = ("gate_up", spec.hidden), ("down", inner)
+        yield from found(f"blocks.{i}", i, block.projections, mlp, inner)
+        experts = block.experts
+        if experts is None:
+            continue
+        mlp = ("gate_up", spec.hidden), ("down", experts.inner)
+        share = Fraction(experts.active, len(experts.projections))
+        for e, own in enumerate(experts.projections):
+            yield from found(f"blocks.{i}.experts.{e}", i, own, mlp, experts.inner, share, e)
 
 
 @dataclass(frozen=True)
@@ -98,12 +161,25 @@ class Layout:
             at += self.shapes[name].columns
         return tuple(found)
 
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the blocks' stages."""
-        return tuple(
-            f"blocks.{i}.{name}" for i in range(len(self.spec.blocks)) for name, _ in FUSED
-        )
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The blocks' stages."""
+        return tuple(stages(self.spec))
+
+    @cached_property
+    def stage_of(self) -> Mapping[str, Stage]:
+        """Name of a blocks' matrix -> the stage that it is of."""
+        return {name: stage for stage in self.stages for name in self.matrices(stage.name)}
+
+    def share(self, name: str) -> Fraction:
+        """Of all tokens, those that read a matrix of :attr:`segments`, if each expert has as many as the others."""
+        stage = self.stage_of.get(name)
+        return Fraction(1) if stage is None else stage.share
+
+    @cached_property
+    def matrix_of(self) -> Mapping[str, str]:
+        """Name of a projection -> its matrix, where that is input-major."""
+        return {s.name: name for name, segments in self.segments.items() for s in segments}
 
     @property
     def prefill_tokens(self) -> int:
@@ -131,6 +207,13 @@ class Layout:
             if self.spec.layer_norm:
                 yield f"{name}.bias", width
 
+    def routers(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """(name, shape) of every router."""
+        for i, block in enumerate(self.spec.blocks):
+            if block.experts is not None:
+                rows = len(block.experts.projections) + (block.experts.shared_gate is not None)
+                yield f"blocks.{i}.{ROUTER}", (rows, padded(self.spec.hidden))
+
     def sizes(self, biased: Collection[str]) -> Sizes:
         """Name -> (dtype, shape) of every tensor, in the order of the file.
 
@@ -143,6 +226,7 @@ class Layout:
             if name in biased:
                 found[f"{name}.bias"] = torch.float32, (self.stage(name)[-1].end,)
         found |= {name: (torch.float32, (width,)) for name, width in self.norms()}
+        found |= {name: (torch.float32, shape) for name, shape in self.routers()}
         if self.spec.positions is not None:
             found[POSITIONS] = torch.float32, (self.spec.context, self.spec.hidden)
         if self.spec.head_bias is not None:

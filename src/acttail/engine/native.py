@@ -11,16 +11,17 @@ import torch
 
 from acttail.engine.blocks import padded
 from acttail.engine.formats import kv_format
-from acttail.engine.layout import HEAD_BIAS, HEAD_MATRIX, POSITIONS, Layout, Segment
+from acttail.engine.layout import HEAD_BIAS, HEAD_MATRIX, POSITIONS, ROUTER, Layout, Segment
 from acttail.engine.packing import unpack
-from acttail.engine.spec import check_rule, mlp_norm_of
+from acttail.engine.shapes import Shape
+from acttail.engine.spec import ExpertsSpec, check_rule, mlp_norm_of
 from acttail.engine.store import Packed
 from acttail.engine.transcode import matrix_struct
 from acttail.errors import ActTailError, PlanError
 from acttail.model.projections import HEAD
 from acttail.plan import SparsityPlan
 from acttail.sparse.backends import abi, cpu
-from acttail.sparse.backends.abi import Block, Fused, Model, Norm, Rope
+from acttail.sparse.backends.abi import Block, Fused, Mlp, Model, Norm, Rope
 from acttail.sparse.rules import Rule, bind
 
 # Rows of a head kept by outputs that are unpacked at a time.
@@ -158,7 +159,7 @@ class NativeDecoder:
         if entry is None:
             raise PlanError(f"the plan has no projection {s.name}: it was made for another model")
         layout = self.packed.layout
-        name = self._matrix_of(s)
+        name = layout.matrix_of.get(s.name)
         d_in = layout.spec.hidden if name is None else layout.shapes[name].rows
         if (entry.d_in, entry.d_out) != (d_in, s.d_out):
             raise PlanError(
@@ -175,13 +176,9 @@ class NativeDecoder:
         self.rules[s.name] = rule
         return out
 
-    def _matrix_of(self, s: Segment) -> str | None:
-        """Name of its input-major matrix; None for a head that is kept by outputs."""
-        return next((n for n, found in self.packed.layout.segments.items() if s in found), None)
-
     def column_norms(self, s: Segment) -> torch.Tensor:
         """[d_in] norms of the weight's columns, as WINA scores with."""
-        name = self._matrix_of(s)
+        name = self.packed.layout.matrix_of.get(s.name)
         if name is None:
             return self._table_norms()
         shape = self.packed.layout.shapes[name]
@@ -232,16 +229,39 @@ class NativeDecoder:
         found.bias = bias.data_ptr() if bias is not None else None
         return found
 
+    def _mlp(self, prefix: str, inner: int) -> Mlp:
+        at = mlp_offsets(self.packed.layout, prefix, inner)
+        return Mlp(
+            gate_up=self._fused(f"{prefix}.gate_up"), down=self._fused(f"{prefix}.down"), gate_offset=at["gate"],
+            up_offset=at["up"], intermediate=inner,
+        )  # fmt: skip
+
+    def _route(self, block: Block, index: int, experts: ExpertsSpec) -> None:
+        """Tell a block of its experts."""
+        count = len(experts.projections)
+        mlps = (Mlp * count)()
+        for e in range(count):
+            mlps[e] = self._mlp(f"blocks.{index}.experts.{e}", experts.inner)
+        self._held.append(mlps)
+        router = self.packed.tensors[f"blocks.{index}.{ROUTER}"]
+        block.router = matrix_struct({"weight": router}, Shape("fp32", *router.shape, 0, output_major=True))
+        block.expert, block.experts, block.active = mlps, count, experts.active
+        block.normalised = int(experts.normalised)
+        block.shared_gate = int(experts.shared_gate is not None)
+
     def _model(self) -> Model:
         spec, layout = self.packed.layout.spec, self.packed.layout
         blocks = (Block * len(spec.blocks))()
         for i, described in enumerate(spec.blocks):
-            block = blocks[i]
-            for fused in ("qkv", "o", "gate_up", "down"):
-                setattr(block, fused, self._fused(f"blocks.{i}.{fused}"))
+            block, prefix = blocks[i], f"blocks.{i}"
+            block.qkv, block.o = self._fused(f"{prefix}.qkv"), self._fused(f"{prefix}.o")
+            if f"{prefix}.down" in layout.segments:
+                block.mlp = self._mlp(prefix, spec.inner(i))
+            if described.experts is not None:
+                self._route(block, i, described.experts)
             for role in described.norms:
-                setattr(block, role, self._norm(f"blocks.{i}.{role}"))
-            for kind, offset in offsets(layout, i, spec).items():
+                setattr(block, role, self._norm(f"{prefix}.{role}"))
+            for kind, offset in attention_offsets(layout, i).items():
                 setattr(block, f"{kind}_offset", offset)
             block.mlp_norm = self._norm(f"blocks.{i}.{mlp_norm_of(described.norms)}")
             block.window, block.rope = described.window, described.rope
@@ -344,9 +364,9 @@ def _not_run(code: int) -> ActTailError:
     return ActTailError(f"the native engine did not run the tokens: {abi.reason(code)}")
 
 
-def offsets(layout: Layout, block: int, spec: Any) -> dict[str, int]:
-    """First column of q, k, v, gate and up in their stages; gate is -1 in an MLP without one."""
-    found = {"gate": -1}
+def attention_offsets(layout: Layout, block: int) -> dict[str, int]:
+    """First column of q, k and v in their stage."""
+    found, spec = {}, layout.spec
     for s in layout.stage(f"blocks.{block}.qkv"):
         if s.kind == "qkv":
             width = spec.heads * spec.head_dim
@@ -354,9 +374,21 @@ def offsets(layout: Layout, block: int, spec: Any) -> dict[str, int]:
             found["v"] = found["k"] + spec.kv_heads * spec.head_dim
         else:
             found[s.kind] = s.begin
-    for s in layout.stage(f"blocks.{block}.gate_up"):
+    return found
+
+
+def mlp_offsets(layout: Layout, prefix: str, inner: int) -> dict[str, int]:
+    """First column of gate and up in their stage; gate is -1 in an MLP without one.
+
+    Args:
+        layout: that they are of.
+        prefix: of the MLP's stages: ``blocks.3``, or of an expert ``blocks.3.experts.7``.
+        inner: features inside of it.
+    """
+    found = {"gate": -1}
+    for s in layout.stage(f"{prefix}.gate_up"):
         if s.kind == "gate_up":
-            found |= {"gate": s.begin, "up": s.begin + spec.intermediate}
+            found |= {"gate": s.begin, "up": s.begin + inner}
         elif s.kind == "fc1":
             found["up"] = s.begin
         else:

@@ -1,6 +1,7 @@
 """An .acttail folder as a source of weights: each matrix dequantised when it is asked for, the rest left on disk."""
 
 import math
+from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors import safe_open
 
 from acttail.base.files import write_json
 from acttail.base.schema import Name, NotNegative, SchemaError, checked, read_json
-from acttail.engine.layout import HEAD_MATRIX, Segment
+from acttail.engine.layout import HEAD_MATRIX, ROUTER, Segment, Stage
 from acttail.engine.packing import unpack
 from acttail.engine.shapes import Shape
 from acttail.engine.spec import bias_of
@@ -90,11 +91,27 @@ class PackedWeights:
         self._at: dict[str, tuple[str, Segment]] = {}  # projection -> matrix, columns
         for matrix, segments in self.layout.segments.items():
             self._at |= {s.name: (matrix, s) for s in segments}
-        self.projections = [
-            self._projection(s, index)
-            for index, block in enumerate(self.layout.spec.blocks)
-            for s in (self._at[name][1] for name in block.projections.values())
-        ]
+        # As transformers lists them: the experts' of one kind together.
+        listed: list[tuple[str, int]] = []
+        self._routers: dict[str, tuple[str, slice]] = {}
+        for i, block in enumerate(self.layout.spec.blocks):
+            listed += [(name, i) for name in block.projections.values()]
+            if block.experts is not None:
+                own = block.experts.projections
+                listed += [(each[kind], i) for kind in own[0] for each in own]
+                at = f"blocks.{i}.{ROUTER}"
+                self._routers[block.experts.router] = at, slice(len(own))
+                if block.experts.shared_gate is not None:
+                    self._routers[block.experts.shared_gate] = at, slice(len(own), None)
+        self._readers: dict[tuple[int, str], list[str]] = defaultdict(list)
+        for stage in self.layout.stages:
+            self._readers[stage.block, stage.part] += stage.members.values()
+        # Parameter of stacked experts -> the names of their projections.
+        self._stacks: dict[str, list[str]] = defaultdict(list)
+        self.projections = [self._projection(self._at[name][1], i) for name, i in listed]
+        for p in self.projections:
+            if p.expert is not None:
+                self._stacks[p.parameter_name].append(p.name)
         self.head: Projection | None = self._head()
         spec = self.layout.spec
         self._norms = {spec.final_norm: "final_norm"} | {
@@ -103,16 +120,24 @@ class PackedWeights:
             for role, source in block.norms.items()
         }
 
-    def _stage(self, name: str) -> str:
-        """What reads a projection's input vector: one matrix, or the first of several."""
-        return ".".join(self._at[name][0].split(".")[:3])
+    def _stage(self, name: str) -> Stage:
+        """What reads a projection's input vector in one MLP or attention."""
+        return self.layout.stage_of[self._at[name][0]]
 
     def _projection(self, segment: Segment, block: int) -> Projection:
-        group = [s.name for s in self.layout.stage(self._stage(segment.name))]
-        d_in = self.layout.shapes[self._at[segment.name][0]].rows
+        stage = self._stage(segment.name)
+        # All MLPs of a block read one vector; what comes out of the heads, or is inside of an MLP, one stage reads.
+        of_block = stage.part in ("qkv", "gate_up")
+        group = self._readers[block, stage.part] if of_block else list(stage.members.values())
+        cost = float(stage.share * stage.d_in * segment.d_out)
+        module, parameter, expert = segment.name, "weight", None
+        if stage.expert is not None:  # its name is that of the stack and its number
+            path, number = segment.name.rsplit(".", 1)
+            module, parameter = path.rsplit(".", 1)
+            expert = int(number)
         return Projection(
-            segment.name, block, segment.kind, d_in, segment.d_out, float(d_in * segment.d_out), segment.name,
-            "weight", None, transposed=False, shared_input=tuple(n for n in group if n != segment.name),
+            segment.name, block, segment.kind, stage.d_in, segment.d_out, cost, module, parameter, expert,
+            transposed=False, shared_input=tuple(n for n in group if n != segment.name),
         )  # fmt: skip
 
     def _head(self) -> Projection:
@@ -199,6 +224,12 @@ class PackedWeights:
             return self.weight(self.head)
         if name in self._norms:
             return self._vector(self._norms[name]) - spec.norm_shift
+        if name in self._routers:
+            at, rows = self._routers[name]
+            return self._vector(at)[rows, : spec.hidden].clone()
+        if name in self._stacks:
+            parts = [self._at[n] for n in self._stacks[name]]
+            return torch.stack([self._unpacked(m, s.begin, s.end)[: s.d_out] for m, s in parts])
         if leaf == "weight" and module in self._at:
             matrix, segment = self._at[module]
             return self._unpacked(matrix, segment.begin, segment.end)[: segment.d_out]
@@ -211,7 +242,7 @@ class PackedWeights:
 
     def _bias(self, module: str, name: str) -> torch.Tensor:
         # A stage of several matrices has one bias, over the columns of all of them.
-        stage = self._stage(module)
+        stage = self._stage(module).name
         if f"{stage}.bias" not in self._file.keys():  # noqa: SIM118 - not a dict
             raise ModelError(f"{self.name} holds no parameter {name}")
         segment = next(s for s in self.layout.stage(stage) if s.name == module)

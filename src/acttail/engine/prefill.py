@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from acttail.engine.layout import HEAD_BIAS, HEAD_MATRIX, POSITIONS
-from acttail.engine.native import NativeDecoder, offsets
+from acttail.engine.layout import HEAD_BIAS, HEAD_MATRIX, POSITIONS, ROUTER
+from acttail.engine.native import NativeDecoder, attention_offsets, mlp_offsets
 from acttail.engine.packing import unpack
 from acttail.engine.shapes import Shape
 from acttail.engine.spec import BlockSpec, DecoderSpec, mlp_norm_of
@@ -96,15 +96,7 @@ class Prefill:
             before, x = x, x + self._scaled(self._norm(f"blocks.{i}.attention_norm", a))
             role = mlp_norm_of(block.norms)
             h = self._norm(f"blocks.{i}.{role}", before if self.spec.parallel else x)
-            at = offsets(self.decoder.packed.layout, i, self.spec)
-            both = self._project(f"blocks.{i}.gate_up", h, rows)
-            activate = _ACTIVATIONS[self.spec.activation]
-            inner = both[:, at["up"] : at["up"] + self.spec.intermediate]
-            if at["gate"] < 0:
-                inner = activate(inner)
-            else:
-                inner = activate(both[:, at["gate"] : at["gate"] + self.spec.intermediate]) * inner
-            m = self._project(f"blocks.{i}.down", inner, rows)[:, : self.spec.hidden]
+            m = self._mlps(i, block, h, rows)
             x = x + self._scaled(self._norm(f"blocks.{i}.output_norm", m))
         return self._norm("final_norm", x)
 
@@ -217,12 +209,52 @@ class Prefill:
         kept = rule(x)
         return kept if rows is True else torch.where(rows[:, None], kept, x)  # type: ignore[index]
 
+    def _mlps(
+        self, index: int, block: BlockSpec, h: torch.Tensor, rows: torch.Tensor | bool
+    ) -> torch.Tensor:
+        """[n, hidden] of a block's own MLP, of the experts that each row's router chooses, or of both."""
+        prefix, experts = f"blocks.{index}", block.experts
+        if experts is None:
+            return self._mlp(prefix, self.spec.inner(index), h, rows)
+        router = self._tensors[f"{prefix}.{ROUTER}"][:, : self.spec.hidden]
+        products = F.linear(h.float(), router)
+        count = len(experts.projections)
+        weights, chosen = products[:, :count].softmax(-1).topk(experts.active, dim=-1)
+        if experts.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(h)
+        for e in chosen.unique().tolist():
+            row, slot = torch.where(chosen == e)
+            own = rows if isinstance(rows, bool) else rows[row]
+            made = self._mlp(f"{prefix}.experts.{e}", experts.inner, h[row], own)
+            out.index_add_(0, row, made * weights[row, slot, None].to(made.dtype))
+        if f"{prefix}.down" not in self.decoder.packed.layout.segments:
+            return out
+        made = self._mlp(prefix, self.spec.inner(index), h, rows)
+        if experts.shared_gate is not None:
+            made = made * products[:, count:].sigmoid().to(made.dtype)
+        return out + made
+
+    def _mlp(
+        self, prefix: str, inner: int, h: torch.Tensor, rows: torch.Tensor | bool
+    ) -> torch.Tensor:
+        """[n, hidden] of one MLP."""
+        at = mlp_offsets(self.decoder.packed.layout, prefix, inner)
+        both = self._project(f"{prefix}.gate_up", h, rows)
+        activate = _ACTIVATIONS[self.spec.activation]
+        made = both[:, at["up"] : at["up"] + inner]
+        if at["gate"] < 0:
+            made = activate(made)
+        else:
+            made = activate(both[:, at["gate"] : at["gate"] + inner]) * made
+        return self._project(f"{prefix}.down", made, rows)[:, : self.spec.hidden]
+
     def _attention(
         self, index: int, block: BlockSpec, h: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None,
         rows: torch.Tensor | bool, cache: int, past: int, masks: dict[int, torch.Tensor],
     ) -> torch.Tensor:  # fmt: skip
         spec, n = self.spec, len(h)
-        at = offsets(self.decoder.packed.layout, index, spec)
+        at = attention_offsets(self.decoder.packed.layout, index)
         qkv = self._project(f"blocks.{index}.qkv", h, rows)
 
         def heads(kind: str, count: int) -> torch.Tensor:

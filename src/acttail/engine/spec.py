@@ -15,6 +15,10 @@ from acttail.plan import SparsityPlan
 from acttail.sparse.rules import RULES, kind_of
 
 
+# Experts that a token may visit in a block; native/check.cpp says the same.
+MOST_ACTIVE = 256
+
+
 class UnsupportedModelError(ActTailError):
     """The native engine does not know this family or variant; transformers runs it instead."""
 
@@ -50,16 +54,43 @@ def bias_of(norm: str) -> str:
 
 
 @dataclass(frozen=True)
+class ExpertsSpec:
+    """The MLPs of a block of which a router chooses some for each token.
+
+    Attributes:
+        router: parameter, [experts, hidden].
+        projections: of each expert, kind (gate_up, down) -> name.
+        active: experts that a token visits.
+        inner: features inside of each.
+        normalised: whether the active experts' weights are divided by their sum.
+        shared_gate: parameter, [1, hidden], whose sigmoid is the weight of the block's own MLP beside the experts;
+            None where it has none.
+    """
+
+    __pydantic_config__ = STRICT
+
+    router: Name
+    projections: Annotated[tuple[dict[Name, Name], ...], Len(1, 1 << 16)]
+    active: Annotated[int, Ge(1), Le(MOST_ACTIVE)]
+    inner: Size
+    normalised: bool
+    shared_gate: Name | None = None
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """One block.
 
     Attributes:
         projections: kind -> name, for q, k, v, o, gate, up, down, the fused qkv and gate_up, or the
-            fc1 and fc2 of an MLP without a gate.
+            fc1 and fc2 of an MLP without a gate. Those of an MLP are the ones that every token visits; a block
+            with experts may have none.
         norms: role (input_norm, attention_norm, mlp_norm, output_norm, q_norm, k_norm) -> parameter; without
             an mlp_norm the input_norm is that, too.
         window: positions a token sees, itself included; 0 for all.
         rope: index of the rope table; -1 for none.
+        inner: features inside of its own MLP; None for as many as the decoder says.
+        experts: beside its own MLP, or instead of one; None without.
     """
 
     __pydantic_config__ = STRICT
@@ -68,6 +99,8 @@ class BlockSpec:
     norms: dict[Name, Name]
     window: Count
     rope: Annotated[int, Ge(-1)]
+    inner: Size | None = None
+    experts: ExpertsSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +109,7 @@ class DecoderSpec:
 
     Attributes:
         family: transformers' model type.
+        intermediate: features inside of an MLP; where they differ, of the widest.
         ropes: [(inverse frequencies, scale)], one per table.
         context: longest sequence.
         norm_shift: added to every norm's weight (1 for Gemma).
@@ -120,3 +154,7 @@ class DecoderSpec:
     parallel: bool = False
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+
+    def inner(self, block: int) -> int:
+        """Features inside of a block's own MLP."""
+        return self.blocks[block].inner or self.intermediate

@@ -219,7 +219,7 @@ def read_folder(folder: Path) -> Packed:
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ActTailError(f"cannot read {folder}: {why}") from error
     layout = described.layout
-    biased = {stage for stage in layout.stages if f"{stage}.bias" in places}
+    biased = {stage.name for stage in layout.stages if f"{stage.name}.bias" in places}
     sizes = layout.sizes(biased)
     _check_places(path, sizes, places)
     try:

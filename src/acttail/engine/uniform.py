@@ -22,7 +22,7 @@ class _Shapes:
         self.projections = [
             Projection(
                 name=s.name, block=_block(fused, len(layout.spec.blocks)), kind=s.kind, d_in=layout.shapes[fused].rows,
-                d_out=s.d_out, cost=float(layout.shapes[fused].rows * s.d_out), module=s.name,
+                d_out=s.d_out, cost=float(layout.share(fused) * layout.shapes[fused].rows * s.d_out), module=s.name,
                 parameter="weight", expert=None, transposed=False,
             )
             for fused, segments in layout.segments.items()

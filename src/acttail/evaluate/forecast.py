@@ -140,7 +140,8 @@ def time_engine(
     for name, segments in layout.segments.items():
         outputs = sum(segment.d_out for segment in segments)
         for segment in segments:
-            share = factor * crossings[name].seconds * segment.d_out / outputs / whole
+            mine = float(layout.share(name)) * segment.d_out / outputs
+            share = factor * crossings[name].seconds * mine / whole
             prices[segment.name] = priced(crossings[name], share)
     return Clock(base, prices, dense.threads, dense.dtype)
 
@@ -182,8 +183,9 @@ def _kernels(
     layout: Layout, crossings: Mapping[str, Crossover], density: float, *, relative: bool = True
 ) -> float:
     """Seconds of the kernels of one token with this share of every input kept; over those of a dense token."""
-    total = sum(priced(crossings[n], crossings[n].seconds).at(density) for n in layout.segments)
-    return total / sum(crossings[n].seconds for n in layout.segments) if relative else total
+    seconds = {n: float(layout.share(n)) * crossings[n].seconds for n in layout.segments}
+    total = sum(priced(crossings[n], s).at(density) for n, s in seconds.items())
+    return total / sum(seconds.values()) if relative else total
 
 
 def _run(

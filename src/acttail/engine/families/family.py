@@ -12,6 +12,9 @@ FOUR_NORMS = {
 }  # fmt: skip
 HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
+MLP = frozenset({"gate", "up", "gate_up", "fc1", "down", "fc2"})
+# Of each expert, as transformers stacks them.
+EXPERT = frozenset({"gate_up", "down"})
 GATED = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 FUSED = frozenset({"qkv", "o", "gate_up", "down"})
 GATELESS = frozenset({"q", "k", "v", "o", "fc1", "fc2"})
@@ -28,6 +31,25 @@ class Positions:
 
     module: str
     first: int = 0
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the blocks with experts choose among them; blocks without are the family's others.
+
+    Attributes:
+        normalised: config key that says whether the active experts' weights are divided by their sum, or that it is so.
+        shared: whether such a block has an MLP of its own beside the experts, weighed by the sigmoid of a gate.
+        router: module of the block.
+        shared_gate: module of the block, where there is a shared MLP.
+        active: config key of how many experts a token visits.
+    """
+
+    normalised: str | bool
+    shared: bool = False
+    router: str = "mlp.gate"
+    shared_gate: str = "mlp.shared_expert_gate"
+    active: str = "num_experts_per_tok"
 
 
 def no_window(config: Any, index: int) -> int:
@@ -70,6 +92,7 @@ class Family:
         attention_scale: config key of the scores' factor itself; None for attention_scalar's.
         residual_scale: config key of the factor of what the two halves of a block add; None for 1.
         logit_divisor: config key of what the logits are divided by; None for 1.
+        routing: of blocks with experts; None where no block has any.
         only: config keys and the value that each must have, if it is there: other variants are refused.
     """
 
@@ -91,4 +114,11 @@ class Family:
     attention_scale: str | None = None
     residual_scale: str | None = None
     logit_divisor: str | None = None
+    routing: Routing | None = None
     only: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def beside_experts(self) -> frozenset[str]:
+        """Kinds of the projections of a block with experts, apart from theirs."""
+        shared = self.routing is not None and self.routing.shared
+        return self.projections if shared else self.projections - MLP
