@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(not cpu.status().available, reason="no native li
 FAMILIES = [
     "llama", "llama-mqa-tied", "llama-seven-heads", "llama-odd", "mistral", "qwen2", "qwen3", "gemma",
     "gemma2", "gemma3", "phi3", "starcoder2", "phi", "stablelm", "granite", "smollm3", "seed-oss", "gpt2", "opt",
+    "mixtral", "qwen2-moe", "qwen3-moe",
 ]  # fmt: skip
 POSITIONS = 260
 

@@ -138,6 +138,7 @@ struct Options {
   bool mixed = false;      // projections that read one vector have two formats
   bool one_scale = false;  // int8 and int4: one for all inputs of an output
   bool wina = false;       // score scales
+  bool routed = false;     // the last block has experts beside an MLP of its own, the one before it experts alone
   bool learned = false;    // positions, halves of a block side by side, a bias of the head, factors
   int32_t activation = ACTTAIL_SILU;
   int order[3] = {0, 1, 2};  // of q, k, v in memory; gate and up are turned round where it descends
@@ -151,7 +152,7 @@ inline float threshold(int member) { return 0.3f + 0.1f * static_cast<float>(mem
 class Decoder {
  public:
   static constexpr int64_t hidden = 44, heads = 4, kv_heads = 2, head_dim = 10, inner = 67, vocabulary = 99,
-                           blocks = 2, half = 3, positions = 64;
+                           blocks = 2, half = 3, positions = 64, experts = 5, active = 2, inside = 37;
 
   explicit Decoder(const Options& options) : o(options) {
     for (int i = 0; i < 256; ++i) {
@@ -165,17 +166,32 @@ class Decoder {
       int64_t at[3] = {};
       const bool turned = o.order[0] > o.order[1];
       const int two[2] = {turned, !turned};
-      block.qkv = fuse(b, 0, {o.order, o.order + 3}, at);
+      block.qkv = fuse(own(b), 0, {o.order, o.order + 3}, at, inner);
       block.q_offset = at[0], block.k_offset = at[1], block.v_offset = at[2];
-      block.o = fuse(b, 3, {0}, at);
-      if (o.gated) {
-        block.gate_up = fuse(b, 4, {two, two + 2}, at);
-        block.gate_offset = at[0], block.up_offset = at[1];
-      } else {
-        block.gate_up = fuse(b, 5, {0}, at);
-        block.gate_offset = -1, block.up_offset = at[0];
+      block.o = fuse(own(b), 3, {0}, at, inner);
+      const auto mlp = [&](uint32_t base, int64_t n) {
+        acttail_mlp m{};
+        if (o.gated) {
+          m.gate_up = fuse(base, 4, {two, two + 2}, at, n);
+          m.gate_offset = at[0], m.up_offset = at[1];
+        } else {
+          m.gate_up = fuse(base, 5, {0}, at, n);
+          m.gate_offset = -1, m.up_offset = at[0];
+        }
+        m.down = fuse(base, 6, {0}, at, n);
+        m.intermediate = n;
+        return m;
+      };
+      if (has_own(b)) block.mlp = mlp(own(b), inner);
+      if (o.routed) {
+        for (int64_t e = 0; e < experts; ++e) expert_[b].push_back(mlp(of_expert(b, e), inside));
+        packed_.push_back(std::make_unique<Packed>(router(b)));
+        block.router = packed_.back()->matrix;
+        block.expert = expert_[b].data();
+        block.experts = experts, block.active = active;
+        block.normalised = b == 0;
+        block.shared_gate = has_own(b);
       }
-      block.down = fuse(b, 6, {0}, at);
       const acttail_norm norm{norm_.data(), o.layer_norm ? shift_.data() : nullptr};
       block.input_norm = block.mlp_norm = block.q_norm = block.k_norm = norm;
       if (o.biased) block.attention_norm = block.output_norm = norm;
@@ -239,11 +255,19 @@ class Decoder {
     return {o.seed, id, format, group, inputs, outputs};
   }
 
-  // Kinds: 0 q, 1 k, 2 v, 3 o, 4 gate, 5 up, 6 down.
-  acttail_fused fuse(int64_t block, int first, const std::vector<int>& order, int64_t* at) {
-    constexpr int64_t outputs[] = {heads * head_dim, kv_heads * head_dim, kv_heads * head_dim, hidden, inner,
-                                   inner, hidden};
-    const int64_t inputs = first == 3 ? heads * head_dim : first == 6 ? inner : hidden;
+  bool has_own(int64_t block) const { return !o.routed || block + 1 == blocks; }
+  // Numbers of weights: of a block's own projections, and of an expert's, by kind from these on.
+  static uint32_t own(int64_t block) { return static_cast<uint32_t>(100 + 10 * block); }
+  static uint32_t of_expert(int64_t block, int64_t e) { return static_cast<uint32_t>(1000 + 100 * block + 10 * e); }
+  Weights router(int64_t block) const {
+    return weights(static_cast<uint32_t>(80 + block), hidden, experts + has_own(block), acttail::kF32, 32);
+  }
+
+  // Kinds: 0 q, 1 k, 2 v, 3 o, 4 gate, 5 up, 6 down; `inside` features are in the MLP.
+  acttail_fused fuse(uint32_t base, int first, const std::vector<int>& order, int64_t* at, int64_t inside) {
+    const int64_t outputs[] = {heads * head_dim, kv_heads * head_dim, kv_heads * head_dim, hidden, inside,
+                               inside, hidden};
+    const int64_t inputs = first == 3 ? heads * head_dim : first == 6 ? inside : hidden;
     acttail_fused f{};
     std::vector<Weights> parts;
     int64_t column = 0;
@@ -254,7 +278,7 @@ class Decoder {
     };
     for (int member : order) {
       const int kind = first + member;
-      const uint32_t id = static_cast<uint32_t>(100 + 10 * block + kind);
+      const uint32_t id = base + static_cast<uint32_t>(kind);
       // Of three that read one vector the last has another format, wherever it lies.
       const int32_t format = o.mixed && member == 2 ? (o.format + 1) % acttail::kQ4K : o.format;
       Member m{weights(id, inputs, outputs[kind], format, o.one_scale ? inputs : 32), member, {}};
@@ -289,8 +313,8 @@ class Decoder {
   }
   bool dense_kernel(int kind) const { return o.rule == ACTTAIL_TOPK && o.biased && kind == 1; }
 
-  const Member& member(int64_t block, int kind) const {
-    const uint32_t id = static_cast<uint32_t>(100 + 10 * block + kind);
+  const Member& member(uint32_t base, int kind) const {
+    const uint32_t id = base + static_cast<uint32_t>(kind);
     const auto at = std::find(by_id_.begin(), by_id_.end(), id) - by_id_.begin();
     return *members_[static_cast<size_t>(at)];
   }
@@ -345,8 +369,8 @@ class Decoder {
       return x;
     }
 
-    Vector project(int64_t block, int kind, const Vector& input) {
-      const Member& m = d.member(block, kind);
+    Vector project(uint32_t base, int kind, const Vector& input) {
+      const Member& m = d.member(base, kind);
       const Vector x = selected(m, kind, input);
       Vector y(static_cast<size_t>(m.weights.outputs));
       for (size_t j = 0; j < y.size(); ++j) {
@@ -399,7 +423,7 @@ class Decoder {
     }
 
     Vector attention(int64_t b, const Vector& x) {
-      const Vector q = project(b, 0, x), k = project(b, 1, x), v = project(b, 2, x);
+      const Vector q = project(own(b), 0, x), k = project(own(b), 1, x), v = project(own(b), 2, x);
       Vector all;
       for (size_t h = 0; h < heads; ++h) {
         const size_t g = h / (heads / kv_heads);
@@ -425,7 +449,44 @@ class Decoder {
           all.push_back(sum);
         }
       }
-      return project(b, 3, all);
+      return project(own(b), 3, all);
+    }
+
+    Vector mlp(uint32_t base, const Vector& h) {
+      Vector up = project(base, 5, h);
+      if (d.o.gated) {
+        const Vector gate = project(base, 4, h);
+        for (size_t i = 0; i < up.size(); ++i) up[i] *= act(gate[i]);
+      } else {
+        for (double& v : up) v = act(v);
+      }
+      return project(base, 6, up);
+    }
+
+    Vector mlps(int64_t b, const Vector& h) {
+      if (!d.o.routed) return mlp(own(b), h);
+      const Weights w = d.router(b);
+      Vector product(static_cast<size_t>(w.outputs)), p(experts), y(hidden);
+      for (size_t e = 0; e < product.size(); ++e) {
+        for (size_t i = 0; i < hidden; ++i) product[e] += h[i] * w.value(static_cast<int64_t>(i), static_cast<int64_t>(e));
+      }
+      double total = 0;
+      for (size_t e = 0; e < experts; ++e) total += p[e] = std::exp(product[e]);
+      std::vector<size_t> order(experts);
+      std::iota(order.begin(), order.end(), size_t{0});
+      std::sort(order.begin(), order.end(), [&](size_t x, size_t z) { return p[x] > p[z]; });
+      margin = std::min(margin, (p[order[active - 1]] - p[order[active]]) / p[order[active - 1]]);
+      double chosen = 0;
+      for (size_t i = 0; i < active; ++i) chosen += p[order[i]];
+      const auto add = [&](const Vector& made, double weight) {
+        for (size_t i = 0; i < hidden; ++i) y[i] += made[i] * weight;
+      };
+      for (size_t i = 0; i < active; ++i) {
+        const size_t e = order[i];
+        add(mlp(of_expert(b, static_cast<int64_t>(e)), h), p[e] / (b == 0 ? chosen : total));
+      }
+      if (d.has_own(b)) add(mlp(own(b), h), 1 / (1 + std::exp(-product[experts])));
+      return y;
     }
 
     void token(int64_t id, std::vector<double>& out) {
@@ -446,14 +507,7 @@ class Decoder {
         const Vector before = norm(x, hidden);
         add(attention(b, before));
         const Vector h = d.o.learned ? before : norm(x, hidden);
-        Vector up = project(b, 5, h);
-        if (d.o.gated) {
-          const Vector gate = project(b, 4, h);
-          for (size_t i = 0; i < inner; ++i) up[i] *= act(gate[i]);
-        } else {
-          for (double& v : up) v = act(v);
-        }
-        add(project(b, 6, up));
+        add(mlps(b, h));
       }
       const Vector h = norm(x, hidden);
       for (int64_t w = 0; w < vocabulary; ++w) {
@@ -475,6 +529,7 @@ class Decoder {
   std::vector<uint32_t> by_id_;
   std::vector<std::vector<float>> bias_;
   std::vector<acttail_block> block_;
+  std::vector<acttail_mlp> expert_[blocks];
   std::vector<float> norm_, shift_, score_, noise_, position_;
   float inv_freq_[half] = {1.0f, 0.1f, 0.01f};
   acttail_rope rope_{};

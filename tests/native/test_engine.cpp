@@ -309,23 +309,70 @@ void refusals() {
          "k = 0", o);
   expect(refused([](acttail_model&, acttail_block& b) { b.v_offset = 190; }), "offset", o);
   expect(refused([](acttail_model&, acttail_block& b) { b.rope = 1; }), "rope", o);
+  expect(refused([](acttail_model&, acttail_block& b) { b.mlp = {}; }), "no MLP", o);
+  expect(refused([](acttail_model&, acttail_block& b) { b.shared_gate = 1; }), "a gate without a router", o);
+}
+
+// Of a block with a router.
+void refused_routers() {
+  Options o;
+  o.routed = true;
+  const Decoder d(o);
+  const auto refused = [&](int64_t at, auto change) {
+    acttail_model model = d.model;
+    std::vector<acttail_block> blocks(model.block, model.block + model.blocks);
+    acttail_block& block = blocks[static_cast<size_t>(at)];
+    std::vector<acttail_mlp> experts(block.expert, block.expert + block.experts);
+    block.expert = experts.data();
+    change(block, experts[1]);
+    model.block = blocks.data();
+    acttail_engine* engine = nullptr;
+    const int status = acttail_engine_new(&model, 1, &engine);
+    acttail_engine_free(engine);
+    return status == ACTTAIL_BAD_ARGUMENT && engine == nullptr;
+  };
+  using B = acttail_block;
+  using E = acttail_mlp;
+  expect(!refused(0, [](B&, E&) {}) && !refused(1, [](B&, E&) {}), "good experts are refused", o);
+  expect(!refused(0, [](B& b, E&) { b.active = Decoder::experts; }), "all experts", o);
+  expect(refused(0, [](B& b, E&) { b.active = Decoder::experts + 1; }), "more active than there are", o);
+  expect(refused(0, [](B& b, E&) { b.active = 0; }), "none active", o);
+  expect(refused(0, [](B& b, E&) { b.experts = 0; }), "a block of nothing", o);
+  expect(refused(0, [](B& b, E&) { b.experts += 1; }), "more experts than rows of the router", o);
+  expect(refused(0, [](B& b, E&) { b.expert = nullptr; }), "no experts", o);
+  expect(refused(0, [](B& b, E&) { b.shared_gate = 1; }), "a gate of no MLP", o);
+  expect(refused(1, [](B& b, E&) { b.shared_gate = 0; }), "a row too many", o);
+  expect(refused(1, [](B& b, E&) { b.shared_gate = 2; }), "two gates", o);
+  expect(refused(1, [](B& b, E&) { b.mlp.gate_up.matrices = 0; }), "half an MLP", o);
+  expect(refused(0, [](B& b, E&) { b.router.data = nullptr; }), "no router", o);
+  expect(refused(0, [](B& b, E&) { b.router.format = acttail::kBf16; }), "a router in bf16", o);
+  expect(refused(0, [](B& b, E&) { b.router.columns += 64; }), "a wide router", o);
+  expect(refused(0, [](B&, E& e) { e.intermediate = Decoder::inner + 1; }), "a wide expert", o);
+  expect(refused(0, [](B&, E& e) { e.intermediate -= 1; }), "features inside", o);
+  expect(refused(0, [](B&, E& e) { e.up_offset = e.gate_offset; }), "one on the other", o);
+  expect(refused(0, [](B&, E& e) { e.down.matrix[0].rows += 1; }), "inputs of down", o);
+  expect(refused(0, [](B&, E& e) { e.gate_up.matrix[0].data = nullptr; }), "no data", o);
 }
 
 // Every number of a description, with every value that a careless sum or product of it would wrap or that means
 // nothing: the model is refused, or runs without a step outside of what is described (the sanitizers watch).
-void malformed() {
+void malformed(bool routed) {
   Options o;
   o.rule = ACTTAIL_TOPK;
+  o.routed = routed;
   const Decoder d(o);
   constexpr int64_t kLow = std::numeric_limits<int64_t>::min(), kHigh = std::numeric_limits<int64_t>::max();
   const int64_t wide[] = {-1, 0, kLow, kHigh, kHigh - 63, int64_t{1} << 31, int64_t{1} << 40, kHigh / 2 + 1};
   const int32_t narrow[] = {-1, 99, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()};
   const float real[] = {NAN, INFINITY, -INFINITY, -1.0f, 0.0f};
   int tried = 0, ran = 0;
+  acttail_mlp* expert = nullptr;  // of the attempt under way
   const auto attempt = [&](auto change) {
     acttail_model model = d.model;
     std::vector<acttail_block> blocks(model.block, model.block + model.blocks);
     std::vector<acttail_rope> ropes(model.rope, model.rope + model.ropes);
+    std::vector<acttail_mlp> experts(blocks[1].expert, blocks[1].expert + blocks[1].experts);
+    if (routed) blocks[1].expert = expert = experts.data();
     change(model, blocks[1], ropes[0]);
     model.block = blocks.data();
     model.rope = ropes.data();
@@ -356,20 +403,32 @@ void malformed() {
       [](M& m, B&, R&) -> int64_t& { return m.embedding.rows; },
       [](M& m, B&, R&) -> int64_t& { return m.head.columns; },
       [](M&, B& b, R&) -> int64_t& { return b.q_offset; }, [](M&, B& b, R&) -> int64_t& { return b.k_offset; },
-      [](M&, B& b, R&) -> int64_t& { return b.v_offset; }, [](M&, B& b, R&) -> int64_t& { return b.gate_offset; },
-      [](M&, B& b, R&) -> int64_t& { return b.up_offset; }, [](M&, B& b, R&) -> int64_t& { return b.window; },
+      [](M&, B& b, R&) -> int64_t& { return b.v_offset; }, [](M&, B& b, R&) -> int64_t& { return b.mlp.gate_offset; },
+      [](M&, B& b, R&) -> int64_t& { return b.mlp.up_offset; }, [](M&, B& b, R&) -> int64_t& { return b.window; },
       [](M&, B& b, R&) -> int64_t& { return b.qkv.matrix[0].rows; },
       [](M&, B& b, R&) -> int64_t& { return b.qkv.matrix[0].columns; },
-      [](M&, B& b, R&) -> int64_t& { return b.down.matrix[0].rows; },
+      [](M&, B& b, R&) -> int64_t& { return b.mlp.down.matrix[0].rows; },
       [](M&, B& b, R&) -> int64_t& { return b.o.matrix[0].columns; },
       [](M&, B& b, R&) -> int64_t& { return b.qkv.segment[0].begin; },
       [](M&, B& b, R&) -> int64_t& { return b.qkv.segment[0].end; },
       [](M&, B& b, R&) -> int64_t& { return b.qkv.segment[2].end; },
       [](M&, B& b, R&) -> int64_t& { return b.qkv.segment[1].outputs; },
-      [](M&, B& b, R&) -> int64_t& { return b.down.segment[0].k; }, [](M&, B&, R& r) -> int64_t& { return r.half; },
+      [](M&, B& b, R&) -> int64_t& { return b.mlp.down.segment[0].k; }, [](M&, B&, R& r) -> int64_t& { return r.half; },
   };
   for (const W& field : longs) {
     for (int64_t value : wide) attempt([&](M& m, B& b, R& r) { field(m, b, r) = value; });
+  }
+  const W of_routers[] = {
+      [](M&, B& b, R&) -> int64_t& { return b.experts; }, [](M&, B& b, R&) -> int64_t& { return b.active; },
+      [](M&, B& b, R&) -> int64_t& { return b.router.rows; }, [](M&, B& b, R&) -> int64_t& { return b.router.columns; },
+      [&](M&, B&, R&) -> int64_t& { return expert[1].intermediate; }, [&](M&, B&, R&) -> int64_t& { return expert[1].up_offset; },
+      [&](M&, B&, R&) -> int64_t& { return expert[1].gate_offset; }, [&](M&, B&, R&) -> int64_t& { return expert[1].down.matrix[0].rows; },
+      [&](M&, B&, R&) -> int64_t& { return expert[1].gate_up.matrix[0].columns; },
+  };
+  for (const W& field : of_routers) {
+    for (int64_t value : wide) {
+      if (routed) attempt([&](M& m, B& b, R& r) { field(m, b, r) = value; });
+    }
   }
   using N = std::function<int32_t&(M&, B&, R&)>;
   const N ints[] = {
@@ -378,6 +437,7 @@ void malformed() {
       [](M&, B& b, R&) -> int32_t& { return b.qkv.segments; }, [](M&, B& b, R&) -> int32_t& { return b.rope; },
       [](M&, B& b, R&) -> int32_t& { return b.o.matrix[0].format; },
       [](M&, B& b, R&) -> int32_t& { return b.o.segment[0].rule; },
+      [](M&, B& b, R&) -> int32_t& { return b.shared_gate; }, [](M&, B& b, R&) -> int32_t& { return b.normalised; },
   };
   for (const N& field : ints) {
     for (int32_t value : narrow) attempt([&](M& m, B& b, R& r) { field(m, b, r) = value; });
@@ -393,7 +453,7 @@ void malformed() {
   }
   attempt([](M&, B& b, R&) { b.input_norm.weight = nullptr; });
   attempt([](M& m, B&, R&) { m.final_norm.weight = nullptr; });
-  attempt([](M&, B& b, R&) { b.gate_up.matrix[0].data = nullptr; });
+  attempt([](M&, B& b, R&) { b.mlp.gate_up.matrix[0].data = nullptr; });
   attempt([](M&, B& b, R&) { b.k_offset = b.q_offset; });
   attempt([](M&, B&, R& r) { r.inv_freq = nullptr; });
   expect(ran > 0 && ran < tried / 2, "most malformed models are refused", o);
@@ -428,7 +488,7 @@ void malformed() {
   acttail_engine_free(theirs);
   acttail_cache_free(cache);
   acttail_engine_free(engine);
-  std::printf("malformed descriptions: %d tried, %d of them run\n", tried, ran);
+  std::printf("malformed descriptions%s: %d tried, %d of them run\n", routed ? " with experts" : "", tried, ran);
 }
 
 #if !defined(_WIN32) && !defined(__SANITIZE_THREAD__)
@@ -474,6 +534,17 @@ int main() {
       together(o);
       forks(o);
       long_run(o);
+      o.routed = true;
+      against_truth(o);
+      together(o);
+      forks(o);
+      long_run(o);
+      all_orders(o);
+      o.biased = o.learned = true;
+      o.gated = false;
+      against_truth(o);
+      together(o);
+      o.routed = o.biased = o.learned = false;
       o.layer_norm = true;
       o.gated = false;
       o.activation = ACTTAIL_GELU_ERF;
@@ -521,9 +592,11 @@ int main() {
     long_run(o);
   }
   refusals();
+  refused_routers();
   refused_batches();
   beyond_positions();
-  malformed();
+  malformed(false);
+  malformed(true);
   forked();
   std::printf("engine (%s): %s\n", acttail_isa(), failures == 0 ? "ok" : "FAILED");
   return failures == 0 ? 0 : 1;

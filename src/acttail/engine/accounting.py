@@ -128,7 +128,9 @@ def packed_bytes(
     for name, weights in planned.items():
         shape = layout.shapes[name]
         part = read * weights / matrix_weights(layout, name)
-        sparse += part * shape.rows * shape.row_bytes + float(layout.share(name)) * shape.scale_bytes
+        sparse += (
+            part * shape.rows * shape.row_bytes + float(layout.share(name)) * shape.scale_bytes
+        )
     head = layout.head_shape.bytes
     whole = 0 if HEAD_MATRIX in layout.segments else head
     dense -= head - whole

@@ -71,7 +71,9 @@ def _check_spec(spec: DecoderSpec) -> None:
         if set(block.projections) != kinds:
             _refuse(f"block {i} has the projections {', '.join(sorted(block.projections))}")
         if (block.inner or 0) > spec.intermediate:
-            _refuse(f"block {i} has an MLP of {block.inner} features, and the widest {spec.intermediate}")
+            _refuse(
+                f"block {i} has an MLP of {block.inner} features, and the widest {spec.intermediate}"
+            )
         if block.experts is not None:
             _check_experts(spec, family, i, block.experts)
         if set(block.norms) != set(family.norms):
@@ -87,13 +89,17 @@ def _check_experts(spec: DecoderSpec, family: Family, block: int, experts: Exper
     if experts.active > count:
         _refuse(f"a token visits {experts.active} of the {count} experts of block {block}")
     if experts.inner > spec.intermediate:
-        _refuse(f"block {block} has experts of {experts.inner} features, and the widest MLP {spec.intermediate}")
+        _refuse(
+            f"block {block} has experts of {experts.inner} features, and the widest MLP {spec.intermediate}"
+        )
     if (experts.shared_gate is not None) != routing.shared:
         _refuse(f"the experts of block {block} are not those of {spec.family}")
     stacks = {kind: name.rpartition(".")[0] for kind, name in experts.projections[0].items()}
     for e, own in enumerate(experts.projections):
         if set(own) != EXPERT:
-            _refuse(f"an expert of block {block} has not the projections {', '.join(sorted(EXPERT))}")
+            _refuse(
+                f"an expert of block {block} has not the projections {', '.join(sorted(EXPERT))}"
+            )
         if own != {kind: f"{stack}.{e}" for kind, stack in stacks.items()} or not all(
             "." in stack for stack in stacks.values()
         ):

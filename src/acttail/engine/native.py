@@ -244,7 +244,9 @@ class NativeDecoder:
             mlps[e] = self._mlp(f"blocks.{index}.experts.{e}", experts.inner)
         self._held.append(mlps)
         router = self.packed.tensors[f"blocks.{index}.{ROUTER}"]
-        block.router = matrix_struct({"weight": router}, Shape("fp32", *router.shape, 0, output_major=True))
+        block.router = matrix_struct(
+            {"weight": router}, Shape("fp32", *router.shape, 0, output_major=True)
+        )
         block.expert, block.experts, block.active = mlps, count, experts.active
         block.normalised = int(experts.normalised)
         block.shared_gate = int(experts.shared_gate is not None)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from acttail.base.files import write_json
 from acttail.base.schema import Name, NotNegative, SchemaError, checked, read_json
+from acttail.engine.families.family import MLP
 from acttail.engine.layout import HEAD_MATRIX, ROUTER, Segment, Stage
 from acttail.engine.packing import unpack
 from acttail.engine.shapes import Shape
@@ -91,11 +92,12 @@ class PackedWeights:
         self._at: dict[str, tuple[str, Segment]] = {}  # projection -> matrix, columns
         for matrix, segments in self.layout.segments.items():
             self._at |= {s.name: (matrix, s) for s in segments}
-        # As transformers lists them: the experts' of one kind together.
+        # As transformers lists them: the experts' of one kind together, and before the MLP beside them.
         listed: list[tuple[str, int]] = []
         self._routers: dict[str, tuple[str, slice]] = {}
         for i, block in enumerate(self.layout.spec.blocks):
-            listed += [(name, i) for name in block.projections.values()]
+            listed += [(name, i) for kind, name in block.projections.items() if kind not in MLP]
+            beside = [(name, i) for kind, name in block.projections.items() if kind in MLP]
             if block.experts is not None:
                 own = block.experts.projections
                 listed += [(each[kind], i) for kind in own[0] for each in own]
@@ -103,6 +105,7 @@ class PackedWeights:
                 self._routers[block.experts.router] = at, slice(len(own))
                 if block.experts.shared_gate is not None:
                     self._routers[block.experts.shared_gate] = at, slice(len(own), None)
+            listed += beside
         self._readers: dict[tuple[int, str], list[str]] = defaultdict(list)
         for stage in self.layout.stages:
             self._readers[stage.block, stage.part] += stage.members.values()

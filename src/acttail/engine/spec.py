@@ -14,7 +14,6 @@ from acttail.errors import ActTailError, PlanError
 from acttail.plan import SparsityPlan
 from acttail.sparse.rules import RULES, kind_of
 
-
 # Experts that a token may visit in a block; native/check.cpp says the same.
 MOST_ACTIVE = 256
 
