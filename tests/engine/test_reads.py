@@ -170,10 +170,10 @@ def test_a_model_for_transformers_alone(tmp_path, tokenizer):
     """What the native engine does not run is counted in transformers' dtype."""
     from acttail.engine.accounting import loaded_bytes
 
-    model = build("mixtral").to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "mixtral")
-    tokenizer.save_pretrained(tmp_path / "mixtral")
-    opened = open_model(tmp_path / "mixtral")
+    model = build("neox").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "neox")
+    tokenizer.save_pretrained(tmp_path / "neox")
+    opened = open_model(tmp_path / "neox")
     goal = read_goal(opened, EngineConfig(), 0.8)
     assert goal.dense == pytest.approx(loaded_bytes(model).dense, rel=1e-3)
     plan = requested(opened, PlanRequest(read_share=0.8, allocator="uniform")).plan

@@ -109,8 +109,8 @@ def test_a_plan_without_a_forecast_says_nothing(tiny_folder):
 def test_a_model_for_transformers_alone_is_refused(tmp_path, tokenizer, run):
     from families import build
 
-    build("mixtral").save_pretrained(tmp_path / "mixtral")
-    tokenizer.save_pretrained(tmp_path / "mixtral")
-    status, _, error = run("plan", tmp_path / "mixtral", "--speedup", 1.2)
+    build("neox").save_pretrained(tmp_path / "neox")
+    tokenizer.save_pretrained(tmp_path / "neox")
+    status, _, error = run("plan", tmp_path / "neox", "--speedup", 1.2)
     assert status == 2
-    assert "the native engine does not run mixtral models" in error
+    assert "the native engine does not run gpt_neox models" in error
