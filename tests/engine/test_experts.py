@@ -73,7 +73,9 @@ def test_variants_agree(family, sparsity):
 @pytest.mark.parametrize("active", [1, 2, 5, 9])
 def test_ties_fall_as_torch_has_them(active):
     """A router of zeros: all experts are as likely, and torch.topk says which of them are taken."""
-    model = lively("qwen3-moe", num_experts=130, num_experts_per_tok=active, decoder_sparse_step=1)
+    model = lively(
+        "qwen3-moe", num_local_experts=130, num_experts_per_tok=active, decoder_sparse_step=1
+    )
     with torch.no_grad():
         for i, (_, router) in enumerate(routers(model)):
             router.weight.zero_()
@@ -94,7 +96,8 @@ def test_the_experts_that_are_chosen_are_read_and_no_others(family):
     plan = replace(
         plan,  # each expert keeps another number
         projections={
-            n: replace(e, k=1 + (sum(map(ord, n)) % (e.d_in - 1))) for n, e in plan.projections.items()
+            n: replace(e, k=1 + (sum(map(ord, n)) % (e.d_in - 1)))
+            for n, e in plan.projections.items()
         },
     )
     engine = Engine.from_model(model, dtype="fp32", native=True, threads=2)
@@ -105,7 +108,8 @@ def test_the_experts_that_are_chosen_are_read_and_no_others(family):
         return head + sum(
             weights(p)
             for p in LoadedWeights(model).projections
-            if p.expert is None or p.expert in found[p.module.replace("experts", "gate")][0].tolist()
+            if p.expert is None
+            or p.expert in found[p.module.replace("experts", "gate")][0].tolist()
         )
 
     dense = engine.new_sequence(8)
@@ -220,7 +224,10 @@ def test_a_folder_is_the_model_for_everybody(family, tmp_path):
     engine = Engine.from_pretrained(tmp_path / "packed")
     assert engine.name == "native"
     agree(engine, reference(model, plan, ids), ids)
-    packed, source = open_model(tmp_path / "packed").weights, open_model(tmp_path / "source").weights
+    packed, source = (
+        open_model(tmp_path / "packed").weights,
+        open_model(tmp_path / "source").weights,
+    )
     for ours, theirs in zip(packed.projections, source.projections, strict=True):
         for field in Projection.__dataclass_fields__:
             mine, other = getattr(ours, field), getattr(theirs, field)
