@@ -28,6 +28,7 @@ def write_gguf(path, model, kind="F32", tokenizer=None):
 
     cfg = model.config
     architecture = {"gemma3_text": "gemma3"}.get(cfg.model_type, cfg.model_type)
+    architecture = architecture.replace("_moe", "moe")
     head_dim = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("tiny")
@@ -47,6 +48,12 @@ def write_gguf(path, model, kind="F32", tokenizer=None):
         writer.add_rope_dimension_count(head_dim)
     if architecture == "gemma3":
         writer.add_sliding_window(cfg.sliding_window)
+    if architecture.endswith("moe"):
+        writer.add_expert_count(cfg.num_experts)
+        writer.add_expert_used_count(cfg.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(cfg.moe_intermediate_size)
+        if hasattr(cfg, "shared_expert_intermediate_size"):
+            writer.add_expert_shared_feed_forward_length(cfg.shared_expert_intermediate_size)
     writer.add_vocab_size(cfg.vocab_size)
     if tokenizer is not None:
         by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -78,17 +85,35 @@ def write_gguf(path, model, kind="F32", tokenizer=None):
                     .reshape(shape)
                 )
         leaf = ".bias" if name.endswith(".bias") else ".weight"
-        stored = names.get_name(name.removesuffix(leaf)) + leaf
-        value = np.ascontiguousarray(value)
-        if kind == "F32" or value.ndim == 1:
-            writer.add_tensor(stored, value)
-            continue
-        chosen = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(stored, gguf.quantize(value, chosen), raw_dtype=chosen)
+        if ".experts." in name:
+            found = _experts(name, value)
+        elif "shared_expert_gate" in name:
+            found = {names.get_name(name.removesuffix(leaf)) + leaf: value[0]}
+        else:
+            found = {names.get_name(name.removesuffix(leaf)) + leaf: value}
+        for stored, part in found.items():
+            part = np.ascontiguousarray(part)
+            if kind == "F32" or part.ndim == 1 or "gate_inp" in stored:
+                writer.add_tensor(stored, part)
+                continue
+            chosen = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(stored, gguf.quantize(part, chosen), raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _experts(name, value):
+    """Name in a file -> array of stacked experts, [experts, d_out, d_in]; gate and up are two there."""
+    block = f"blk.{name.split('.')[2]}"
+    if name.endswith("down_proj"):
+        return {f"{block}.ffn_down_exps.weight": value}
+    half = value.shape[1] // 2
+    return {
+        f"{block}.ffn_gate_exps.weight": value[:, :half],
+        f"{block}.ffn_up_exps.weight": value[:, half:],
+    }
 
 
 def rewrite_gguf(path, fields=None, lose=(), replace=None):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from byte_tokens import byte_tokenizer
 from families import MOE, build
+from gguf_files import write_gguf
 from test_engine import lively, reference, tokens
 
 import acttail
@@ -14,14 +15,14 @@ from acttail import make_plan, sparsify_
 from acttail.engine import Engine
 from acttail.engine.accounting import packed_bytes, projection_bytes, projection_weights
 from acttail.engine.config import EngineConfig
-from acttail.engine.convert import Conversion, convert_in_memory
+from acttail.engine.convert import Conversion, convert_in_memory, dequantised_state
 from acttail.engine.describe import describe
 from acttail.engine.description import read_layout
 from acttail.engine.layout import HEAD_MATRIX
 from acttail.engine.source import convert_model
 from acttail.engine.spec import UnsupportedModelError
 from acttail.engine.uniform import uniform_plan
-from acttail.errors import ActTailError
+from acttail.errors import ActTailError, ActTailWarning
 from acttail.model.opened import open_model
 from acttail.model.projections import Projection
 from acttail.model.weights import LoadedWeights
@@ -237,6 +238,54 @@ def test_a_folder_is_the_model_for_everybody(family, tmp_path):
     with torch.no_grad():
         found = loaded(ids[None]).logits[0]
     assert float((found - reference(model, plan, ids)).abs().max()) <= 1e-3
+
+
+def of_file(family, inner):
+    """A model as llama.cpp knows the family: experts in every block, of whole blocks of weights."""
+    own = {"shared_expert_intermediate_size": 64} if family == "qwen2-moe" else {"head_dim": 16}
+    return lively(
+        family, vocab_size=260, hidden_size=64, intermediate_size=96, moe_intermediate_size=inner, decoder_sparse_step=1,
+        norm_topk_prob=family == "qwen3-moe", max_position_embeddings=128, **own,
+    )  # fmt: skip
+
+
+@native
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe"])
+def test_a_gguf_file_agrees(family, tmp_path):
+    model = of_file(family, 32)
+    write_gguf(tmp_path / "m.gguf", model, tokenizer=byte_tokenizer())
+    ids = tokens(model, 30)
+    plan = make_plan(str(tmp_path / "m.gguf"), 0.5)
+    engine = Engine.from_pretrained(tmp_path / "m.gguf", plan, dtype="fp32", native=True)
+    for decode in (True, False):
+        got = engine.new_sequence(64).all_logits(ids, decode=decode)
+        assert float((got - reference(model, plan, ids)).abs().max()) <= 1e-3
+
+
+@native
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe"])
+def test_the_experts_of_a_file_keep_its_numbers(family, kind, tmp_path):
+    """Where gate and up are whole blocks of outputs; else they are fitted to int8, and it is said."""
+    write_gguf(tmp_path / "m.gguf", of_file(family, 128), kind, tokenizer=byte_tokenizer())
+    engine = Engine.from_pretrained(tmp_path / "m.gguf", native=True)
+    source = open_model(tmp_path / "m.gguf").stored
+    held = dequantised_state(engine.packed)
+    for p in source.projections:
+        assert torch.equal(held[p.name], source.weight(p)), p.name
+    write_gguf(tmp_path / "odd.gguf", of_file(family, 32), kind, tokenizer=byte_tokenizer())
+    source = open_model(tmp_path / "odd.gguf").stored
+    if kind == "Q4_0":
+        with pytest.warns(ActTailWarning, match="Q4_0 become int8"):
+            engine = Engine.from_pretrained(tmp_path / "odd.gguf", native=True)
+    else:
+        engine = Engine.from_pretrained(tmp_path / "odd.gguf", native=True)
+    held = dequantised_state(engine.packed)
+    for p in source.projections:
+        weight = source.weight(p)
+        assert float((held[p.name] - weight).abs().max()) <= float(weight.abs().max()) / 127
+    expert = engine.packed.layout.shapes["blocks.0.experts.0.gate_up"]
+    assert expert.dtype == "int8"
 
 
 def test_what_is_no_way_to_choose_is_refused():

@@ -336,7 +336,10 @@ class Conversion:
         for s in self.layout.segments[name]:
             projection = self.by_name[s.name]
             if self._taken(projection, shape) and isinstance(self.weights, GgufWeights):
-                put_blocks(self.weights.stored(projection), shape, into, s.begin)
+                begin = s.begin
+                for part in self.weights.stored(projection):
+                    put_blocks(part, shape, into, begin)
+                    begin += len(part.data)
                 continue
             if shape.format.fitted:
                 put_floats(self.weights.weight(projection), shape, into, s.begin)

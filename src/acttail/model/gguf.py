@@ -12,7 +12,7 @@ from torch import nn
 
 from acttail.errors import ModelError
 from acttail.model.contents import check_contents
-from acttail.model.gguf_blocks import KINDS, StoredMatrix
+from acttail.model.gguf_blocks import KINDS, WHOLE_ROWS, StoredMatrix
 from acttail.model.gguf_file import open_gguf
 from acttail.model.gguf_outline import Outline, OutlineNames
 from acttail.model.gguf_types import BLOCKS
@@ -179,19 +179,23 @@ class GgufWeights:
 
     def stored_kind(self, projection: Projection) -> str | None:
         """The kind of the file's blocks of a matrix, one of :data:`KINDS`; None if in any other form."""
-        names = self._sources.get(projection.parameter_name, [])
-        if len(names) != 1 or projection.expert is not None or projection.transposed:
+        tensors = [self._tensors[n] for n in self._sources.get(projection.parameter_name, [])]
+        kinds = {str(t.tensor_type.name) for t in tensors}
+        if len(kinds) != 1 or not kinds <= KINDS.keys() or projection.transposed:
             return None
-        kind = str(self._tensors[names[0]].tensor_type.name)
-        return kind if kind in KINDS else None
+        # Gate and up of an expert lie one below the other here, in tensors of their own there.
+        whole = len(tensors) == 1 or all(t.shape[1] % WHOLE_ROWS == 0 for t in tensors)
+        return (
+            kinds.pop() if whole and (len(tensors) == 1 or projection.expert is not None) else None
+        )
 
     def stored_types(self, projection: Projection) -> frozenset[str]:
         """GGML's names of the types in which the file keeps a matrix, of which kind they may be."""
         names = self._sources.get(projection.parameter_name, [])
         return frozenset(str(self._tensors[n].tensor_type.name) for n in names)
 
-    def stored(self, projection: Projection) -> StoredMatrix:
-        """A matrix that :meth:`stored_kind` names, as it lies in the file.
+    def stored(self, projection: Projection) -> list[StoredMatrix]:
+        """A matrix that :meth:`stored_kind` names, as it lies in the file: one part, or several one below the other.
 
         Raises:
             ModelError: the file keeps it in another form.
@@ -200,12 +204,24 @@ class GgufWeights:
             raise ModelError(
                 f"{self.name} has no quantised blocks of a known kind for {projection.name}"
             )
-        name = self._sources[projection.parameter_name][0]
+        names = self._parts_of(projection)
+        if projection.expert is not None:
+            return [self._stored_expert(name, projection.expert) for name in names]
         # Some architectures store q and k with their outputs in another order.
-        rows, _ = self._origin(name, [projection.d_out, projection.d_in])
+        rows, _ = self._origin(names[0], [projection.d_out, projection.d_in])
         order = torch.from_numpy(np.array(rows[:, 0])).long()
         in_order = torch.equal(order, torch.arange(len(order)))
-        return self._stored(name, None if in_order else order)
+        return [self._stored(names[0], None if in_order else order)]
+
+    def _stored_expert(self, name: str, expert: int) -> StoredMatrix:
+        tensor = self._tensors[name]
+        data = tensor.data[expert]
+        begin = expert * data.nbytes
+
+        def release(first: int, last: int) -> None:
+            tensor.release(begin + first, begin + last)
+
+        return StoredMatrix(tensor.tensor_type, data, tensor.shape[0], None, release)
 
     def stored_table(self, parameter: str) -> StoredMatrix | None:
         """An embedding or output head as it lies in the file; None if the model has it in another order.

@@ -53,6 +53,8 @@ KINDS = {
         BlockKind(GgmlType.Q6_K, minimum=False),
     )
 }
+# Outputs that a part of a matrix must have a multiple of, so that the next part begins on a block of any format.
+WHOLE_ROWS = 128
 
 
 @dataclass(frozen=True)
