@@ -244,9 +244,9 @@ class NativeDecoder:
             mlps[e] = self._mlp(f"blocks.{index}.experts.{e}", experts.inner)
         self._held.append(mlps)
         router = self.packed.tensors[f"blocks.{index}.{ROUTER}"]
-        block.router = matrix_struct(
-            {"weight": router}, Shape("fp32", *router.shape, 0, output_major=True)
-        )
+        rows, columns = router.shape
+        shape = Shape("fp32", rows, columns, 0, output_major=True)
+        block.router = matrix_struct({"weight": router}, shape)
         block.expert, block.experts, block.active = mlps, count, experts.active
         block.normalised = int(experts.normalised)
         block.shared_gate = int(experts.shared_gate is not None)
@@ -368,7 +368,8 @@ def _not_run(code: int) -> ActTailError:
 
 def attention_offsets(layout: Layout, block: int) -> dict[str, int]:
     """First column of q, k and v in their stage."""
-    found, spec = {}, layout.spec
+    found: dict[str, int] = {}
+    spec = layout.spec
     for s in layout.stage(f"blocks.{block}.qkv"):
         if s.kind == "qkv":
             width = spec.heads * spec.head_dim

@@ -223,7 +223,7 @@ class Prefill:
         if experts.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
         out = torch.zeros_like(h)
-        for e in chosen.unique().tolist():
+        for e in sorted(set(chosen.flatten().tolist())):
             row, slot = torch.where(chosen == e)
             own = rows if isinstance(rows, bool) else rows[row]
             made = self._mlp(f"{prefix}.experts.{e}", experts.inner, h[row], own)
