@@ -7,7 +7,7 @@ import pytest
 import torch
 from byte_tokens import byte_tokenizer
 from families import MOE, build
-from gguf_files import write_gguf
+from gguf_files import blocky, rewrite_gguf, write_gguf
 from test_engine import lively, reference, tokens
 
 import acttail
@@ -22,7 +22,7 @@ from acttail.engine.layout import HEAD_MATRIX
 from acttail.engine.source import convert_model
 from acttail.engine.spec import UnsupportedModelError
 from acttail.engine.uniform import uniform_plan
-from acttail.errors import ActTailError, ActTailWarning
+from acttail.errors import ActTailError, ActTailWarning, ModelError
 from acttail.model.opened import open_model
 from acttail.model.projections import Projection
 from acttail.model.weights import LoadedWeights
@@ -286,6 +286,16 @@ def test_the_experts_of_a_file_keep_its_numbers(family, kind, tmp_path):
         assert float((held[p.name] - weight).abs().max()) <= float(weight.abs().max()) / 127
     expert = engine.packed.layout.shapes["blocks.0.experts.0.gate_up"]
     assert expert.dtype == "int8"
+
+
+def test_a_mixtral_that_calls_itself_a_llama_is_refused(tmp_path):
+    file = tmp_path / "m.gguf"
+    write_gguf(file, blocky(), tokenizer=byte_tokenizer())
+    rewrite_gguf(file, {"llama.expert_count": 4, "llama.expert_used_count": 2})
+    with pytest.raises(
+        ModelError, match="has 4 experts in blocks of llama, which acttail does not run"
+    ):
+        Engine.from_pretrained(file)
 
 
 def test_what_is_no_way_to_choose_is_refused():

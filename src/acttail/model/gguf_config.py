@@ -63,9 +63,14 @@ def complete(config: Any, reader: Any, name: str) -> None:
         name: of the model, for errors.
 
     Raises:
-        ModelError: the file's rotary embedding is one that transformers does not have for this family.
+        ModelError: the file's rotary embedding, or its blocks of experts, are none that transformers has for this
+            family.
     """
     header = _Header(reader, name)
+    experts = header.get("expert_count")
+    # Mixtral's calls itself a llama, and transformers makes it one.
+    if type(experts) is int and experts > 0 and not hasattr(config, "num_experts_per_tok"):
+        raise header.refuse(f"{experts} experts in blocks of {config.model_type}")
     ends = [header.token(end) for end in _ENDS]
     ids = sorted({i for i in ends if i is not None})
     if ids:
