@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised by one whenever a signature below changes.
-#define ACTTAIL_ABI 12
+#define ACTTAIL_ABI 13
 
 enum acttail_status {
   ACTTAIL_OK = 0,
