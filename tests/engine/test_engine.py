@@ -776,7 +776,7 @@ def test_gguf_blocks_are_taken_as_they_are():
     """SmolLM2's own Q4_1 blocks: the engine's weights equal the dequantised file exactly."""
     from acttail.engine.source import open_for_engine
 
-    engine = Engine.from_pretrained("smollm2-135m", dtype="int4", native=True)
+    engine = Engine.from_pretrained("smollm2-135m", dtype="auto", native=True)
     weights = open_for_engine("smollm2-135m", own_blocks=True).weights
     by_name = {p.name: p for p in weights.projections}
     checked = 0
