@@ -18,6 +18,14 @@
 #define ACTTAIL_PAIRS
 #endif
 
+// What must be inlined before anything is unrolled, for the arrays in it to stay in registers. Sanitized builds, where it
+// would only take minutes more, leave it to the compiler.
+#if defined(__GNUC__) && !defined(ACTTAIL_SANITIZED)
+#define ACTTAIL_INLINE __attribute__((always_inline)) inline
+#else
+#define ACTTAIL_INLINE inline
+#endif
+
 #define ACTTAIL_JOIN_(a, b) a##b
 #define ACTTAIL_JOIN(a, b) ACTTAIL_JOIN_(a, b)
 #define ACTTAIL_TEXT_(a) #a
