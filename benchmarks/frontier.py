@@ -1,7 +1,7 @@
 """Tokens per second against KL to the source model: our plans at every width, and every quantisation of the peers.
 
 Everything starts from one GGUF. KL, top-1 and perplexity are to its weights dequantised to fp32, as each engine really
-decodes: 2,048 tokens of WikiText-2 test in windows of 512. Speed is of 128 tokens after a prompt of 128 (see the rows), by turns
+decodes: 2,048 tokens of WikiText-2 test in windows of 512. Speed is of 128 tokens after a prompt of 128, or as many as asked, by turns
 in groups that each hold the same anchor (llama.cpp on the source file as it is); a speed is the group's ratio to the
 anchor times the anchor's median over all groups, so that no group profits from a quiet hour. ik_llama.cpp takes
 llama.cpp's files and its KL (the weights are the same; its own rounding of activations is not measured).
@@ -146,11 +146,11 @@ def speed(args, rows, on, source, found):
         wanted = {k: c for k, c in contestants.items() if ("speed", *map(str, k)) not in done}
         if not wanted:
             return
-        ids = prompt(args.prompt_tokens, args.vocabulary)
+        ids = prompt(args.prompt_tokens, vocabulary)
         seen = measure(
             {"anchor": anchor, **wanted}, ids, new_tokens=args.new_tokens, rounds=args.rounds
         )
-        median = statistics.median(seen.decode["anchor"])
+        median = seen.median("anchor")
         for key in wanted:
             ratio = seen.ratio(key, "anchor")
             rows.append(row_of(
@@ -161,7 +161,7 @@ def speed(args, rows, on, source, found):
 
     for width in args.widths.split(","):
         engines = ours(args, width, found)
-        args.vocabulary = next(iter(engines.values())).vocabulary
+        vocabulary = next(iter(engines.values())).vocabulary
         group({key: EngineContestant(engine) for key, engine in engines.items()})
         del engines
     for key, contestant, path in theirs(args, source):
@@ -310,7 +310,7 @@ def show(args, rows):
         if not fast:
             continue
         over = {k: float(r["over_anchor_median"]) for k, r in fast.items()}
-        anchor = statistics.median(float(r["tokens_per_second"]) / over[k] for k, r in fast.items())
+        anchor = statistics.median(float(fast[k]["tokens_per_second"]) / x for k, x in over.items())
         timed = {
             k: {n: v for n, v in r.items() if v} | {"tokens_per_second": over[k] * anchor}
             for k, r in fast.items()

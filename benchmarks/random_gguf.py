@@ -59,10 +59,9 @@ def vocabulary(
     tokens, merges = strings("tokenizer.ggml.tokens"), strings("tokenizer.ggml.merges")
     types = [int(n) for n in reader.fields["tokenizer.ggml.token_type"].contents()]
     tokens, types = tokens[:size], types[:size]
-    kept = set(tokens)
-    merges = [m for m in merges if m.replace(b" ", b"") in kept]
-    plain = [t for t, kind in zip(tokens, types, strict=True) if kind == 1 and len(t) < 12]
     known = set(tokens)
+    merges = [m for m in merges if m.replace(b" ", b"") in known]
+    plain = [t for t, kind in zip(tokens, types, strict=True) if kind == 1 and len(t) < 12]
     while len(tokens) < size:
         first, second = (plain[i] for i in rng.integers(0, len(plain), 2))
         if first + second not in known:

@@ -144,20 +144,16 @@ void Batch::mlps(int t, const acttail_block& b) {
       project(t, stops[first].mlp->*fused, parts, static_cast<int64_t>(last - first), static_cast<int64_t>(first));
     }
   };
-  // Calls f(lane, row, stop, number of the stop) for the stops of this thread's lanes.
-  const auto own_stops = [&](auto f) {
-    for (size_t i = 0; i < stops.size(); ++i) {
-      const Stop& s = stops[i];
-      if (s.lane % engine_.pool.threads() == t) f(*lanes_[static_cast<size_t>(s.lane)], s, static_cast<int64_t>(i));
-    }
-  };
   stage(&acttail_mlp::gate_up);
   barrier.wait();
-  own_stops([&](Lane& lane, const Stop& s, int64_t i) {
+  for (size_t i = 0; i < stops.size(); ++i) {
+    const Stop& s = stops[i];
+    if (s.lane % engine_.pool.threads() != t) continue;
+    Lane& lane = *lanes_[static_cast<size_t>(s.lane)];
     float* const inner = lane.inner.data() + s.visit * padded(2 * engine_.model.intermediate);
-    engine_.activate(*s.mlp, sums(i), inner);
+    engine_.activate(*s.mlp, sums(static_cast<int64_t>(i)), inner);
     choose(lane, s.mlp->down, inner, s.lane, s.visit);
-  });
+  }
   barrier.wait();
   stage(&acttail_mlp::down);
   barrier.wait();

@@ -14,11 +14,7 @@ using acttail::kFitColumns;
 using acttail::kFitGroup;
 using acttail::kFitInputs;
 using acttail::Matrix;
-
-template <typename T>
-T* writable(const void* p) {
-  return static_cast<T*>(const_cast<void*>(p));
-}
+using acttail::writable;
 
 // What a thread works with: weights of a block of columns, and what they are fitted to.
 struct Work {

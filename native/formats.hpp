@@ -90,6 +90,12 @@ static inline bool usable_output_major(const Matrix& m) {
          (!kFormatTraits[m.format].scaled || m.group >= m.columns || m.group % 32 == 0);
 }
 
+// An array of a matrix that is being made.
+template <typename T>
+static inline T* writable(const void* p) {
+  return static_cast<T*>(const_cast<void*>(p));
+}
+
 static inline int64_t row_bytes(const Matrix& m) { return m.columns * kFormatTraits[m.format].bits / 8; }
 
 }  // namespace acttail

@@ -42,6 +42,7 @@ using namespace acttail;
 #include "vector_ops.inc"
 #include "formats.inc"
 #include "ahead.inc"
+#include "passes.inc"
 #if defined(__AVX512VNNI__)
 #include "quads.inc"
 #include "vnni.inc"

@@ -12,13 +12,9 @@ using acttail::Block;
 using acttail::Kind;
 using acttail::kMostInputs;
 using acttail::Matrix;
+using acttail::writable;
 
 constexpr int64_t kTile = 128;  // outputs at a time
-
-template <typename T>
-T* writable(const void* p) {
-  return static_cast<T*>(const_cast<void*>(p));
-}
 
 // One block of inputs of a tile of outputs, on its way.
 struct Tile {

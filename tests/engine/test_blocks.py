@@ -4,15 +4,12 @@ Blocks are random bytes under finite scales: every level, every scale and every 
 """
 
 import ctypes
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from instruction_sets import OTHERS, passes
 
 from acttail.engine.native import library
 from acttail.model.gguf_types import GgmlType
@@ -306,17 +303,7 @@ def test_bad_arguments_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", OTHERS)
 def test_other_instruction_sets(isa):
     """The same tests in a process that was told to use another instruction set."""
-    probe = "from acttail.sparse.backends import cpu; print(cpu.status().isa)"
-    env = os.environ | {"ACTTAIL_ISA": isa}
-    found = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True)
-    if found.stdout.strip() != isa:
-        pytest.skip(f"this machine has no {isa}")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider",
-         str(Path(__file__))],
-        env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    passes(isa, __file__)

@@ -8,6 +8,7 @@ import torch
 from byte_tokens import byte_tokenizer
 from families import MOE, build
 from gguf_files import blocky, rewrite_gguf, write_gguf
+from test_description import changed
 from test_engine import lively, reference, tokens
 
 import acttail
@@ -338,14 +339,7 @@ def test_descriptions_of_experts_that_could_not_be_are_refused(path, value):
     layout = Conversion(describe(model), LoadedWeights(model), EngineConfig("int8")).layout
     data = json.loads(json.dumps(layout.to_dict()))
     assert read_layout(json.loads(json.dumps(data))) == layout
-    *above, last = path
-    at = data
-    for key in above:
-        at = at[key]
-    if value is None:
-        del at[last]
-    else:
-        at[last] = value
+    changed(data, path, value)
     with pytest.raises(ActTailError) as found:
         read_layout(data)
     assert "\n" not in str(found.value)

@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from instruction_sets import OTHERS, environment, passes
 
 from acttail.engine.native import library
 from acttail.engine.packing import pack, unpack
@@ -197,21 +197,11 @@ def digest():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", OTHERS)
 def test_other_instruction_sets_find_the_same_and_pass_the_same_tests(isa):
-    probe = "from acttail.sparse.backends import cpu; print(cpu.status().isa)"
-    env = os.environ | {"ACTTAIL_ISA": isa}
-    found = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True)
-    if found.stdout.strip() != isa:
-        pytest.skip(f"this machine has no {isa}")
-    here = Path(__file__)
     other = subprocess.run(
         [sys.executable, "-c", "import test_fit; print(test_fit.digest())"],
-        env=env, capture_output=True, text=True, cwd=here.parent,
+        env=environment(isa), capture_output=True, text=True, cwd=Path(__file__).parent,
     )  # fmt: skip
     assert other.stdout.strip() == digest(), other.stderr[-3000:]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", str(here)],
-        env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    passes(isa, __file__)

@@ -5,14 +5,12 @@ Tolerance: every kernel sums in float32, so an output may be off by a few units 
 """
 
 import ctypes
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from instruction_sets import OTHERS, passes
 
 from acttail.engine.blocks import BLOCK, pack_nibbles, padded, unpack_nibbles
 from acttail.engine.formats import FORMATS
@@ -204,21 +202,11 @@ def test_groups_and_dtypes_are_checked():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", OTHERS)
 def test_other_instruction_sets(isa):
     """The same tests, and the engine's, in a process that was told to use another instruction set."""
     here = Path(__file__).parent
-    probe = "from acttail.sparse.backends import cpu; print(cpu.status().isa)"
-    env = os.environ | {"ACTTAIL_ISA": isa}
-    found = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True)
-    if found.stdout.strip() != isa:
-        pytest.skip(f"this machine has no {isa}")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider",
-         str(here / "test_kernels.py"), str(here / "test_engine.py")],
-        env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    passes(isa, here / "test_kernels.py", here / "test_engine.py")
 
 
 def test_numpy_is_not_needed_at_the_border():

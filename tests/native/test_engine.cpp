@@ -272,6 +272,13 @@ void long_run(const Options& o) {
   }
 }
 
+bool no_engine(const acttail_model& model) {
+  acttail_engine* engine = nullptr;
+  const int status = acttail_engine_new(&model, 1, &engine);
+  acttail_engine_free(engine);
+  return status == ACTTAIL_BAD_ARGUMENT && engine == nullptr;
+}
+
 void refusals() {
   const Options o;
   const auto refused = [&](auto change) {
@@ -280,10 +287,7 @@ void refusals() {
     std::vector<acttail_block> blocks(model.block, model.block + model.blocks);
     change(model, blocks[1]);
     model.block = blocks.data();
-    acttail_engine* engine = nullptr;
-    const int status = acttail_engine_new(&model, 1, &engine);
-    acttail_engine_free(engine);
-    return status == ACTTAIL_BAD_ARGUMENT && engine == nullptr;
+    return no_engine(model);
   };
   expect(!refused([](acttail_model&, acttail_block&) {}), "a good model is refused", o);
   expect(refused([](acttail_model& m, acttail_block&) { m.kv_format = 3; }), "KV format", o);
@@ -326,10 +330,7 @@ void refused_routers() {
     block.expert = experts.data();
     change(block, experts[1]);
     model.block = blocks.data();
-    acttail_engine* engine = nullptr;
-    const int status = acttail_engine_new(&model, 1, &engine);
-    acttail_engine_free(engine);
-    return status == ACTTAIL_BAD_ARGUMENT && engine == nullptr;
+    return no_engine(model);
   };
   using B = acttail_block;
   using E = acttail_mlp;

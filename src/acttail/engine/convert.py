@@ -220,8 +220,9 @@ class Conversion:
     def _taken(self, projection: Projection, shape: Shape) -> bool:
         """Whether a GGUF's own blocks of a projection are taken as they are."""
         kind = self._kind(projection)
-        alike = kind is not None and (kind.entries, kind.minimum) == (shape.group, shape.asymmetric)
-        return alike and kind is not None and kind.name in shape.format.gguf
+        if kind is None or kind.name not in shape.format.gguf:
+            return False
+        return (kind.entries, kind.minimum) == (shape.group, shape.asymmetric)
 
     def _kind(self, projection: Projection) -> BlockKind | None:
         """The kind of a GGUF's own blocks of a matrix; None for any other."""

@@ -384,7 +384,7 @@ class Scheduler:
             job.note_read(job.engine.read_share(job.sequence))
         if self._on_token is not None:
             self._on_token(job, None if before is None else job.result.decode_seconds - before)
-        if self._on_drafts is not None:
+        if self._on_drafts is not None and (drafted or kept):
             self._on_drafts(drafted, kept)
         job.emit(piece)
 
