@@ -76,20 +76,40 @@ def _processes(work: Callable[..., Any], jobs: int) -> Iterator[Runner]:
 
 
 @contextmanager
-def _ray(work: Callable[..., Any], address: str) -> Iterator[Runner]:
+def connected(address: str) -> Iterator[None]:
+    """A connection to a Ray cluster for as long as the context lasts; one that is there already is left as it is.
+
+    Args:
+        address: ``auto``, ``local`` (a cluster of this machine alone, which ends with the context) or an address.
+
+    Raises:
+        ActTailError: Ray is not installed, or the cluster is not reached.
+    """
     check_ray(address)
     import ray
 
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(
-                None if address == "local" else address,
-                log_to_driver=False,
-                include_dashboard=False,
-            )
+            ray.init(address, log_to_driver=False, include_dashboard=False)
         except (ConnectionError, ValueError) as error:
             raise ActTailError(f"cannot reach the Ray cluster {address!r}: {error}") from error
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+@contextmanager
+def _ray(work: Callable[..., Any], address: str) -> Iterator[Runner]:
+    with connected(address):
+        yield _tasks(work)
+
+
+def _tasks(work: Callable[..., Any]) -> Runner:
+    import ray
+
     task = ray.remote(work)
 
     def distributed(todo: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
@@ -105,8 +125,4 @@ def _ray(work: Callable[..., Any], address: str) -> Iterator[Runner]:
                     cause = getattr(error, "cause", None)
                     raise cause if isinstance(cause, ActTailError) else error from error
 
-    try:
-        yield distributed
-    finally:
-        if started:
-            ray.shutdown()
+    return distributed

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from acttail.cli.console import note, warn
 from acttail.cli.dtypes import AnyDtype
-from acttail.cli.engines import EngineName, Threads, check_engine, open_engine
+from acttail.cli.engines import EngineName, Threads, check_engine
 from acttail.cli.judge import check_of_use, curves_of, policy_of
 from acttail.cli.lossless import (
     DENSE_TEXT,
@@ -18,7 +19,6 @@ from acttail.cli.lossless import (
     Lossless,
     drafters_of,
     how_it_runs,
-    made_lossless,
 )
 from acttail.cli.options import CalibrationText, Model, PlanFile, Prefill, TrustRemoteCode
 from acttail.cli.planning import (
@@ -32,6 +32,8 @@ from acttail.cli.planning import (
     opened_plan,
     plan_or_request,
 )
+from acttail.cli.progress import work
+from acttail.cli.serving import Served, bounds_of, endpoint_of
 from acttail.cli.sizes import parsed_bytes
 from acttail.errors import ActTailError
 
@@ -127,13 +129,26 @@ def serve(
     prefill: Prefill = None,
     lossless: Lossless = False,
     drafts: Drafts = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Replicas over a Ray cluster: auto, local, or an address.", metavar="ADDRESS"
+        ),
+    ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(help="How many with --ray: N, or MIN-MAX as load asks for.", metavar="N"),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Serve a model over OpenAI's API, with a chat page at /; Ctrl-C ends it."""
+    """Serve a model over OpenAI's API, with a chat page at /; Ctrl-C ends it.
+
+    With --ray each replica has the limits of one server; the model must be known by its name on every machine.
+    """
     from acttail.model.opened import open_model
 
     try:
-        from acttail.serve import Options, create_app, run
+        from acttail.serve import Options, run
         from acttail.serve.limits import LOOPBACK, check_proxies
         from acttail.serve.run import listen
     except ModuleNotFoundError as error:
@@ -143,6 +158,7 @@ def serve(
     policy = policy_of(prefill)
     drafters = drafters_of(lossless, drafts, engine=engine, prefill=prefill)
     check_engine(engine, dtype, trust_remote_code=trust_remote_code)
+    bounds = bounds_of(ray, replicas)
     if not 0 <= port <= 65535:
         raise ActTailError(f"--port takes a number from 0 to 65535, got {port}")
     for option, seconds in (("--wait", wait), ("--time-limit", time_limit)):
@@ -172,28 +188,32 @@ def serve(
     local = host in LOOPBACK or host.startswith("127.")
     # A name that is not listed could be another site's, pointed at this machine.
     hosts = (*LOOPBACK, host, *(allow_host or ())) if local or allow_host else None
-    with listen(host, port) as bound:
+    options = Options(
+        # A folder's last part: clients have no business with paths of this machine.
+        name=name or (Path(model).name if Path(model).exists() else model), api_keys=(api_key,) if api_key else (), hosts=hosts, slots=slots, kv_bytes=kv_bytes, queue=queue,
+        per_client=per_client, wait_seconds=wait, run_seconds=time_limit, max_body=max_body,
+        max_tokens=max_tokens, keep_prefixes=keep_prefixes and not no_keep_prefixes,
+        proxies=tuple(trusted_proxy or ()), origins=tuple(cors_origin or ()), special_tokens=special_tokens,
+    )  # fmt: skip
+    with listen(host, port) as bound, ExitStack() as held:
         opened = open_model(model, trust_remote_code=trust_remote_code)
-        runner = open_engine(
-            opened, opened_plan(opened, asked), engine=engine, dtype=dtype, prefill=policy, threads=threads,
-            trust_remote_code=trust_remote_code,
+        served = Served(
+            model, opened_plan(opened, asked), options, engine, dtype, threads, policy, drafters, found,
+            trust_remote_code,
         )  # fmt: skip
-        options = Options(
-            # A folder's last part: clients have no business with paths of this machine.
-            name=name or Path(model).name if Path(model).exists() else name or model, api_keys=(api_key,) if api_key else (), hosts=hosts, slots=slots, kv_bytes=kv_bytes, queue=queue,
-            per_client=per_client, wait_seconds=wait, run_seconds=time_limit, max_body=max_body,
-            max_tokens=max_tokens, keep_prefixes=keep_prefixes and not no_keep_prefixes,
-            proxies=tuple(trusted_proxy or ()), origins=tuple(cors_origin or ()), special_tokens=special_tokens,
-        )  # fmt: skip
-        speaker = made_lossless(runner, drafters)
-        app = create_app(speaker, options, curves=found)
-        check_of_use(found, app.state.server.variants.fixed)
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{bound.getsockname()[1]}"
+        if bounds is None or ray is None:
+            app, runner, speaker = served.opened(opened)
+            how = f"{runner.name} engine, {runner.dtype}, {how_it_runs(runner, speaker)}"
+            said = f"{runner.source}: {how}"
+        else:
+            with work("starting replicas"):
+                app = held.enter_context(endpoint_of(served, ray, bounds))
+            said = f"{options.name}: {bounds} on Ray ({ray})"
 
         def ready() -> None:
-            how = how_it_runs(runner, speaker)
-            note(f"{runner.source}: {runner.name} engine, {runner.dtype}, {how}", None)
+            note(said, None)
             note(f"chat page   {url}/\nAPI         {url}/v1\nmetrics     {url}/metrics", None)
             note("Ctrl-C ends", None)
             if not local and not api_key:

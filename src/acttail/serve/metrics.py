@@ -19,6 +19,11 @@ _PATHS = frozenset(
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
+def path_label(path: str) -> str:
+    """How a path is counted; one that is none of ours is no label of its own."""
+    return path if path in _PATHS else "/v1/models" if path.startswith(_MODELS) else "other"
+
+
 class Metrics:
     """Counters of one server.
 
@@ -87,10 +92,9 @@ class Metrics:
         self.running.set_function(lambda: scheduler.running)
 
     def response(self, path: str, status: int) -> None:
-        """Count a response; a path that is none of ours is not a label of its own."""
+        """Count a response."""
         self.answered += 1
-        known = path if path in _PATHS else "/v1/models" if path.startswith(_MODELS) else "other"
-        self.requests.labels(known, status).inc()
+        self.requests.labels(path_label(path), status).inc()
 
     def token(self, job: "Job", gap: float | None) -> None:
         """Count a token; called from the scheduler's thread."""

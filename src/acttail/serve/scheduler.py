@@ -78,6 +78,11 @@ class Scheduler:
         """Jobs with a slot."""
         return len(self._active)
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still runs."""
+        return self._thread.is_alive()
+
     def held(self, client: str) -> int:
         """Jobs of a client, waiting or running."""
         with self._condition:
