@@ -3,6 +3,7 @@
 It knows nothing of what the work is: a function of plain arguments that can be pickled by name.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -91,7 +92,9 @@ def connected(address: str) -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(address, log_to_driver=False, include_dashboard=False)
+            ray.init(
+                address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+            )
         except (ConnectionError, ValueError) as error:
             raise ActTailError(f"cannot reach the Ray cluster {address!r}: {error}") from error
     try:

@@ -192,9 +192,8 @@ def replicated(
         try:
             yield RayReplicas(_started(partial(make, cores), name, bounds, options, cores))
         finally:
+            # Ray Serve itself stays: others may have come to use it.
             serve.delete(name)
-            if not serve.status().applications:  # nobody else's either
-                serve.shutdown()
 
 
 def _started(
