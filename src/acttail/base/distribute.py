@@ -5,6 +5,7 @@ It knows nothing of what the work is: a function of plain arguments that can be 
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 from acttail.errors import ActTailError
 
 T = TypeVar("T")
+# A machine of the same network answers in milliseconds.
+_REACH_SECONDS = 10.0
 Runner = Callable[[Mapping[str, tuple[Any, ...]]], Iterator[tuple[str, Any]]]
 
 
@@ -91,6 +94,7 @@ def connected(address: str) -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
+        _check_reached(address)
         try:
             ray.init(
                 address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
@@ -102,6 +106,22 @@ def connected(address: str) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _check_reached(address: str) -> None:
+    """Refuse an address at which nobody listens: Ray itself tries for a quarter of an hour.
+
+    Raises:
+        ActTailError: names the address.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:  # auto, local, and what only Ray knows
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS):
+            pass
+    except (OSError, ValueError, OverflowError) as error:
+        raise ActTailError(f"cannot reach the Ray cluster {address!r}: {error}") from error
 
 
 @contextmanager
