@@ -51,11 +51,11 @@ int acttail_engine_forward(acttail_engine* engine, acttail_cache* cache, const i
 int acttail_engine_step(acttail_engine* engine, acttail_cache* const* caches, const int64_t* tokens, int64_t count,
                         float* const* logits, double* read) {
   if (engine == nullptr || caches == nullptr || tokens == nullptr || logits == nullptr || count < 1 ||
-      count > acttail::kMostTogether) {
+      count > acttail::kMostRows) {
     return ACTTAIL_BAD_ARGUMENT;
   }
   if (!engine->pool.here()) return ACTTAIL_FAILED;
-  acttail::Row rows[acttail::kMostTogether];
+  acttail::Row rows[acttail::kMostRows];
   int64_t longest = 0;
   for (int64_t i = 0; i < count; ++i) {
     acttail_cache* const cache = caches[i];
@@ -71,6 +71,7 @@ int acttail_engine_step(acttail_engine* engine, acttail_cache* const* caches, co
     engine->reserve(longest);
     for (int64_t i = 0; i < count; ++i) rows[i].cache->reserve(rows[i].position, rows[i].position + 1);
     if (engine->batch == nullptr) engine->batch = std::make_unique<acttail::Batch>(*engine);
+    engine->batch->reserve(count);
     engine->batch->run(rows, count);
     for (int64_t i = 0; i < count; ++i) {
       ++rows[i].cache->length;

@@ -53,6 +53,7 @@ using namespace acttail;
 #include "pairs.inc"
 #endif
 #include "gemv.inc"
+#include "dot_together.inc"
 #include "together.inc"
 #if defined(__AVX512VNNI__)
 #include "vnni_together.inc"

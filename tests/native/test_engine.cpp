@@ -157,36 +157,49 @@ void all_orders(Options o) {
   }
 }
 
+struct Load {
+  int threads;
+  int64_t sequences, prompt;  // sequences of a pass, and tokens that the first of them takes
+};
+
+// More rows than are multiplied at a time: of two groups, of units that threads take for themselves, together again for a
+// long prompt, on one thread.
+const std::vector<Load> kWide{{3, 8, 2}, {2, 30, 4}, {3, 61, 4}, {2, 58, 6}, {2, 2, 20}, {1, 61, 4}};
+
 // Several tokens in one pass, some of one sequence, get bit for bit what each gets alone, and leave the same cache.
-void together(const Options& o) {
+void together(const Options& o, const std::vector<Load>& loads = {{1, 4, 4}, {3, 4, 4}}) {
   const Decoder d(o);
-  constexpr int64_t sequences = 4, steps = 3;
-  for (int threads : {1, 3}) {
+  constexpr int64_t steps = 3;
+  for (const auto [threads, sequences, prompt] : loads) {
     acttail_engine* engine = nullptr;
     if (acttail_engine_new(&d.model, threads, &engine) != ACTTAIL_OK) std::abort();
-    acttail_cache *alone[sequences], *joint[sequences];
-    for (int64_t i = 0; i < sequences; ++i) {
-      if (acttail_cache_new(engine, nullptr, 20, &alone[i]) != ACTTAIL_OK || acttail_cache_new(engine, nullptr, 20, &joint[i]) != ACTTAIL_OK) {
+    std::vector<acttail_cache*> alone(static_cast<size_t>(sequences)), joint(alone);
+    for (size_t i = 0; i < alone.size(); ++i) {
+      if (acttail_cache_new(engine, nullptr, steps * prompt + 1, &alone[i]) != ACTTAIL_OK ||
+          acttail_cache_new(engine, nullptr, steps * prompt + 1, &joint[i]) != ACTTAIL_OK) {
         std::abort();
       }
     }
     for (int64_t step = 0; step < steps; ++step) {
-      // The first sequence takes four tokens at once, as a prompt does; of the others each one.
+      // The first sequence takes several tokens at once, as a prompt does; of the others each one. What one cache gets
+      // need not stand together.
       std::vector<acttail_cache*> caches;
       std::vector<int64_t> tokens;
       std::vector<Run> expected, got;
-      for (int64_t i = 0; i < (step == 1 ? 2 : sequences); ++i) {
-        for (int64_t n = 0; n < (i == 0 ? 4 : 1); ++n) {
-          const int64_t token = (31 * step + 17 * i + 5 * n + 1) % Decoder::vocabulary;
-          Run run;
-          run.logits.resize(Decoder::vocabulary);
-          if (acttail_engine_forward(engine, alone[i], &token, 1, 0, run.logits.data(), &run.read)) std::abort();
-          expected.push_back(run);
-          got.push_back(Run{std::vector<float>(Decoder::vocabulary), 0});
-          caches.push_back(joint[i]);
-          tokens.push_back(token);
-        }
-      }
+      const auto add = [&](int64_t i, int64_t n) {
+        const auto at = static_cast<size_t>(i);
+        const int64_t token = (31 * step + 17 * i + 5 * n + 1) % Decoder::vocabulary;
+        Run run;
+        run.logits.resize(Decoder::vocabulary);
+        if (acttail_engine_forward(engine, alone[at], &token, 1, 0, run.logits.data(), &run.read)) std::abort();
+        expected.push_back(run);
+        got.push_back(Run{std::vector<float>(Decoder::vocabulary), 0});
+        caches.push_back(joint[at]);
+        tokens.push_back(token);
+      };
+      for (int64_t n = 0; n + 1 < prompt; ++n) add(0, n);
+      for (int64_t i = 1; i < (step == 1 ? 2 : sequences); ++i) add(i, 0);
+      add(0, prompt - 1);
       const int64_t count = static_cast<int64_t>(tokens.size());
       std::vector<float*> logits;
       std::vector<double> read(tokens.size());
@@ -200,7 +213,7 @@ void together(const Options& o) {
         expect(read[i] == expected[i].read, "weights read in a batch", o);
       }
     }
-    for (int64_t i = 0; i < sequences; ++i) {
+    for (size_t i = 0; i < alone.size(); ++i) {
       expect(acttail_cache_length(alone[i]) == acttail_cache_length(joint[i]), "length after a batch", o);
       acttail_cache_free(alone[i]);
       acttail_cache_free(joint[i]);
@@ -219,7 +232,7 @@ void refused_batches() {
       acttail_cache_new(engine, nullptr, 4, &two) != ACTTAIL_OK) {
     std::abort();
   }
-  float* const none[9] = {};
+  float* const none[65] = {};
   const auto step = [&](std::vector<acttail_cache*> caches, std::vector<int64_t> tokens) {
     return acttail_engine_step(engine, caches.data(), tokens.data(), static_cast<int64_t>(tokens.size()), none, nullptr);
   };
@@ -227,7 +240,7 @@ void refused_batches() {
   expect(step({one, two}, {1, Decoder::vocabulary}) == ACTTAIL_BAD_ARGUMENT, "an unknown token in a batch", o);
   expect(step({one, nullptr}, {1, 2}) == ACTTAIL_BAD_ARGUMENT, "no cache in a batch", o);
   expect(step({}, {}) == ACTTAIL_BAD_ARGUMENT, "an empty batch", o);
-  expect(step(std::vector<acttail_cache*>(9, two), std::vector<int64_t>(9, 1)) == ACTTAIL_BAD_ARGUMENT, "nine rows", o);
+  expect(step(std::vector<acttail_cache*>(65, two), std::vector<int64_t>(65, 1)) == ACTTAIL_BAD_ARGUMENT, "65 rows", o);
   expect(acttail_cache_length(one) == 0 && acttail_cache_length(two) == 0, "a refused batch", o);
   expect(step({two, one, two}, {1, 2, 3}) == ACTTAIL_OK && acttail_cache_length(two) == 2, "a good batch", o);
   acttail_cache_free(one);
@@ -533,11 +546,13 @@ int main() {
       o.rule = rule;
       against_truth(o);
       together(o);
+      together(o, kWide);
       forks(o);
       long_run(o);
       o.routed = true;
       against_truth(o);
       together(o);
+      together(o, kWide);
       forks(o);
       long_run(o);
       all_orders(o);

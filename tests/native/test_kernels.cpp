@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <tuple>
 #include <type_traits>
@@ -233,6 +234,28 @@ void dots(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs, int
   }
   check(k, "dot_rows", inputs, truth.size(), truth, bound(format, magnitudes, 1, weights),
         [&](const Kernels& set, float* y) { set.dot_rows(m, x.data(), 0, outputs, y, scratch.data()); });
+  for (int64_t batch = 1; batch <= kMostTogether; ++batch) {
+    std::vector<uint8_t> room(static_cast<size_t>(batch * dot_scratch(m.columns)));
+    std::vector<Floats> xs, got, alone;
+    std::vector<const float*> from;
+    std::vector<float*> to;
+    for (int64_t b = 0; b < batch; ++b) {
+      xs.push_back(random_floats(inputs, static_cast<uint32_t>(50 + b)));
+      xs.back().resize(static_cast<size_t>(m.columns));
+      if (b == 2) xs.back()[1] = std::numeric_limits<float>::infinity();
+    }
+    got.assign(xs.size(), Floats(static_cast<size_t>(outputs), 0.5f));
+    alone = got;
+    for (size_t b = 0; b < xs.size(); ++b) {
+      from.push_back(xs[b].data());
+      to.push_back(got[b].data());
+      k.dot_rows(m, xs[b].data(), 1, outputs, alone[b].data(), scratch.data());
+    }
+    k.dot_rows_together(m, from.data(), batch, 1, outputs, to.data(), room.data());
+    for (size_t b = 0; b < xs.size(); ++b) {
+      expect(std::memcmp(got[b].data(), alone[b].data(), sizeof(float) * got[b].size()) == 0, "dot_rows_together", inputs);
+    }
+  }
   Doubles row;
   for (int64_t i = 0; i < inputs; ++i) row.push_back(w.value(i, outputs / 2));
   check(k, "decode_dot_row", inputs, static_cast<size_t>(m.columns), row, 1e-6,

@@ -1,14 +1,15 @@
 """What goes through the weights together: the tokens of a turn, in batches that fill passes."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from acttail.engine.protocol import TokenEngine
+from acttail.engine.protocol import TokenEngine, common_length
 from acttail.serve.jobs import Job
-from acttail.serve.prefixes import PrefixCache
+from acttail.serve.prefixes import WORTH, PrefixCache
 
-# Tokens of short prompts in a turn, where others decode: four passes of eight, or as many as those decode.
+# Tokens of short prompts in a turn, where others decode, or as many as those decode.
 _PROMPT_TOKENS = 32
 # Jobs of one engine, each with the tokens [n] that it is fed.
 Batch = list[tuple[Job, torch.Tensor]]
@@ -42,26 +43,45 @@ def batches(
         decoding: the others.
         kept: is asked for the beginning of a prompt before any of it is fed.
     """
-    rows = [(job, job.pending[: engine.replayed]) for job in decoding]
+    rows = deque((job, job.pending[: engine.replayed]) for job in decoding)
     left, full = max(_PROMPT_TOKENS, len(rows)) if rows else 1 << 62, engine.together
+    batch: Batch = []
     for job in prompts:
         if job.feeding is not None or job.sequence is None:
             continue
         _look_again(job, kept)
         if left <= 0 or is_long(job):
             continue
+        if batch and (_width(batch) + len(job.pending) > full or _begins_alike(job, batch)):
+            yield _filled(batch, rows, full)
+            batch = []
+            _look_again(job, kept)
         tokens = job.pending
         left -= len(tokens)
-        room = -len(tokens) % full
-        yield [(job, tokens), *rows[:room]]
-        rows = rows[room:]
+        batch.append((job, tokens))
+    if batch:
+        yield _filled(batch, rows, full)
     while rows:
-        batch: Batch = []
-        width = 0
-        while rows and (not batch or width + len(rows[0][1]) <= full):
-            width += len(rows[0][1])
-            batch.append(rows.pop(0))
-        yield batch
+        yield _filled([rows.popleft()], rows, full)
+
+
+def _width(batch: Batch) -> int:
+    return sum(len(tokens) for _, tokens in batch)
+
+
+def _filled(batch: Batch, rows: "deque[tuple[Job, torch.Tensor]]", full: int) -> Batch:
+    """A batch with as many of the rows that are decoded as it has room for."""
+    width = _width(batch)
+    while rows and width + len(rows[0][1]) <= full:
+        width += len(rows[0][1])
+        batch.append(rows.popleft())
+    return batch
+
+
+def _begins_alike(job: Job, batch: Batch) -> bool:
+    """Whether a prompt could share what one of a batch computes, and so had better wait for it."""
+    tokens = job.pending
+    return any(common_length(tokens, other) >= WORTH for _, other in batch)
 
 
 def _look_again(job: Job, kept: PrefixCache) -> None:

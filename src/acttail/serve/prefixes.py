@@ -14,7 +14,7 @@ import torch
 from acttail.engine.protocol import Sequence, TokenEngine
 
 # Fewer tokens than these are not worth a cache that another request may continue further.
-_WORTH = 8
+WORTH = 8
 
 
 @dataclass(eq=False)
@@ -63,7 +63,7 @@ class PrefixCache:
         for kept in self._kept:
             if kept.engine is engine and kept.client == client:
                 shared = min(kept.common(ids), len(ids) - 1)
-                if shared >= max(_WORTH, common):
+                if shared >= max(WORTH, common):
                     best, common = kept, shared
         if best is None:
             return engine.new_sequence(capacity) if own is None else own
