@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any
 
 import torch
@@ -170,7 +171,7 @@ class SparsityPlan:
         """Cost-weighted mean of the solved sparsities; within 1e-3 of the request."""
         return self._mean([p.sparsity for p in self.projections.values()])
 
-    @property
+    @cached_property
     def realised_sparsity(self) -> float:
         """Cost-weighted mean of 1 - k/d, after rounding to whole entries."""
         return self._mean([p.realised_sparsity for p in self.projections.values()])

@@ -15,7 +15,7 @@ Bytes
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -78,7 +78,13 @@ def read_share(layout: Layout, weights_read: float) -> float:
     Returns:
         From 0 to 1; 0 if no token was counted.
     """
-    return max(0.0, weights_read - head_weights(layout)) / projection_weights(layout)
+    return shares_of(layout)(weights_read)
+
+
+def shares_of(layout: Layout) -> Callable[[float], float]:
+    """:func:`read_share` of one layout, whose weights are counted once: a server asks with every token."""
+    head, projections = head_weights(layout), projection_weights(layout)
+    return lambda weights_read: max(0.0, weights_read - head) / projections
 
 
 def planned_weights(

@@ -181,7 +181,7 @@ class Layout:
         """Name of a projection -> its matrix, where that is input-major."""
         return {s.name: name for name, segments in self.segments.items() for s in segments}
 
-    @property
+    @cached_property
     def prefill_tokens(self) -> int:
         """Shorter continuations are decoded token by token: the formats' own limits, by their weights."""
         fused = [self.shapes[name] for name in self.segments]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from acttail.engine.accounting import read_share
+from acttail.engine.accounting import shares_of
 from acttail.engine.base import Engine
 from acttail.engine.config import EngineConfig
 from acttail.engine.known import Check
@@ -54,6 +54,7 @@ class NativeEngine(Engine):
             packed, plan, self.threads, kv, dense_kernels(packed.layout, plan), pool
         )
         self._prefill = Prefill(self.decoder)
+        self._shares = shares_of(packed.layout)
         self.pace = Pace()
         self._dense: NativeEngine | None = None
 
@@ -113,7 +114,7 @@ class NativeEngine(Engine):
     def read_share(self, sequence: Sequence) -> float:
         """See :meth:`TokenEngine.read_share`; counted by the kernels."""
         assert isinstance(sequence, NativeSequence)  # noqa: S101
-        return read_share(self.packed.layout, sequence.weights_read)
+        return self._shares(sequence.weights_read)
 
     @property
     def dense(self) -> "NativeEngine":

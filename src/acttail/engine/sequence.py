@@ -170,8 +170,8 @@ class NativeSequence:
             raise ActTailError(
                 f"{self.length} + {len(tokens)} tokens are more than the sequence's {self.capacity}"
             )
-        vocabulary = self._vocabulary
-        if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        vocabulary, ids = self._vocabulary, tokens.tolist()
+        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
             raise ActTailError(f"token ids must be from 0 to {vocabulary - 1}, and at least one")
         return tokens
 
@@ -181,7 +181,8 @@ class NativeSequence:
             return False
         if self._decoder.plan is None:
             return True
-        return bool(torch.as_tensor(self._policy.sparse_rows(1, n, self.length, None)).all())
+        found = self._policy.sparse_rows(1, n, self.length, None)
+        return found if isinstance(found, bool) else bool(found.all())
 
     def run_piece(self, tokens: torch.Tensor, sparse: torch.Tensor | bool) -> torch.Tensor:
         """Append tokens [n] of a prompt, given which are sparse; [n, hidden] of the last norm."""
@@ -255,9 +256,9 @@ def decode(
         ActTailError: memory runs out.
     """
     rows = [
-        (sequence, int(token), out if i + 1 == len(tokens) else None)
+        (sequence, token, out if i + 1 == len(tokens) else None)
         for (sequence, tokens), out in zip(batch, logits, strict=True)
-        for i, token in enumerate(tokens)
+        for i, token in enumerate(tokens.tolist())
     ]
     for at in range(0, len(rows), abi.MOST_TOGETHER):
         sequences, tokens, outs = zip(*rows[at : at + abi.MOST_TOGETHER], strict=True)
