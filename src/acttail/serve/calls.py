@@ -15,8 +15,6 @@ from acttail.serve.metrics import Metrics
 from acttail.serve.scheduler import Scheduler
 
 _LOG = logging.getLogger("acttail.serve")
-# How often a request that waits looks whether its client is still there.
-_LOOK_SECONDS = 0.5
 # Which of a request's generations, and what: nothing if the client has gone.
 _Event = tuple[int, Piece | Outcome | None]
 
@@ -62,19 +60,16 @@ class Call:
         scheduler: that runs them.
         mailbox: of the event loop.
         metrics: that note how they went.
-        gone: tells whether the client has disconnected.
+        receive: of ASGI, after the body: what it gives next says that the client has disconnected.
     """
 
     def __init__(
-        self, scheduler: Scheduler, mailbox: Mailbox, metrics: Metrics, gone: Callable[[], Awaitable[bool]]
+        self, scheduler: Scheduler, mailbox: Mailbox, metrics: Metrics, receive: Callable[[], Awaitable[Any]]
     ) -> None:  # fmt: skip
-        self._scheduler, self._mailbox, self._metrics, self._gone = (
-            scheduler,
-            mailbox,
-            metrics,
-            gone,
-        )
+        self._scheduler, self._mailbox = scheduler, mailbox
+        self._metrics, self._receive = metrics, receive
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
+        self._left = 0
         self.jobs: list[Job] = []
 
     def add(self, **fields: Any) -> None:
@@ -110,11 +105,11 @@ class Call:
         Raises:
             ApiError: a generation failed or waited too long.
         """
-        left = len(self.jobs)
+        self._left = len(self.jobs)
         # A task beside, for a deadline of each event would cost more than the event.
         watching = asyncio.create_task(self._watch())
         try:
-            while left:
+            while self._left:
                 index, event = await self._events.get()
                 if event is None:
                     return
@@ -122,16 +117,21 @@ class Call:
                     yield index, event
                     continue
                 self._finish(self.jobs[index], event)
-                left -= 1
+                self._left -= 1
                 yield index, None
         finally:
             watching.cancel()
             self.cancel()
 
+    @property
+    def waits(self) -> bool:
+        """Whether the next of :meth:`events` is yet to come: neither is one there, nor is this the end."""
+        return self._left > 0 and self._events.empty()
+
     async def _watch(self) -> None:
         """Tell the events' reader when the client has gone."""
-        while not await self._gone():
-            await asyncio.sleep(_LOOK_SECONDS)
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
         self._events.put_nowait((-1, None))
 
     def _finish(self, job: Job, outcome: Outcome) -> None:

@@ -21,6 +21,8 @@ from acttail.serve.wording import Wording
 
 # OpenAI's default for a completion that does not say.
 _SHORT = 16
+# Events of a stream that are sent as one.
+_MOST_LINES = 32
 
 
 def add_completions(app: FastAPI, server: Server) -> None:
@@ -122,22 +124,33 @@ async def _lines(
             found.append(wording.chunk(index, piece.text, job, piece if piece.token >= 0 else None))
         return found
 
+    def sends() -> bool:
+        # Each text that is yielded costs a way through all layers and a call of the system.
+        return bool(lines) and (call.waits or len(lines) >= _MOST_LINES)
+
     unsaid = {i for i, text in enumerate(texts) if text}
 
+    lines: list[str] = []
     try:
-        for index, job in enumerate(call.jobs if wording.chat else []):
-            yield line(wording.chunk(index, None, job, first=True))
-        for chunk in chunks(*first):
-            yield line(chunk)
+        if wording.chat:
+            lines += [
+                line(wording.chunk(i, None, job, first=True)) for i, job in enumerate(call.jobs)
+            ]
+        lines += map(line, chunks(*first))
+        if sends():
+            yield "".join(lines)
+            lines.clear()
         async for event in events:
-            for chunk in chunks(*event):
-                yield line(chunk)
+            lines += map(line, chunks(*event))
+            if sends():
+                yield "".join(lines)
+                lines.clear()
         if usage:
-            yield line(wording.usage_chunk(call.jobs))
-        yield "data: [DONE]\n\n"
+            lines.append(line(wording.usage_chunk(call.jobs)))
+        yield "".join([*lines, "data: [DONE]\n\n"])
     except ApiError as error:
         # The status is long sent: the error is the last event, and [DONE] does not come.
         server.metrics.stream_errors.labels(error.status).inc()
-        yield line(error.body())
+        yield "".join([*lines, line(error.body())])
     finally:
         call.cancel()

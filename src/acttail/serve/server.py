@@ -154,7 +154,7 @@ class Server:
         for token in body.logit_bias or {}:
             self.prompting.checked([token], "logit_bias")
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
-        call = Call(self.scheduler, self._mail(), self.metrics, request.is_disconnected)
+        call = Call(self.scheduler, self._mail(), self.metrics, request.receive)
         for ids in prompts:
             try:
                 room = min(check_room(engine, len(ids), self.most_tokens), self.options.max_tokens)
