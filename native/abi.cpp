@@ -29,7 +29,7 @@ constexpr Field kFields[] = {
     STRUCT(fused), FIELD(fused, matrix), FIELD(fused, segment), FIELD(fused, bias),
     FIELD(fused, segments), FIELD(fused, matrices),
 
-    STRUCT(norm), FIELD(norm, weight), FIELD(norm, bias),
+    STRUCT(norm), FIELD(norm, weight), FIELD(norm, bias), FIELD(norm, rectified), FIELD(norm, padding),
 
     STRUCT(mlp), FIELD(mlp, gate_up), FIELD(mlp, down), FIELD(mlp, gate_offset), FIELD(mlp, up_offset),
     FIELD(mlp, intermediate),

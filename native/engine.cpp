@@ -138,6 +138,10 @@ void acttail_engine::norm(const acttail_norm& n, const float* x, int64_t width, 
   } else {
     kernels.rms_norm(x, n.weight, width, model.norm_eps, y);
   }
+  // Written so that NaN stays: a broken stream must remain visible.
+  if (n.rectified) {
+    for (int64_t i = 0; i < width; ++i) y[i] = y[i] < 0.0f ? 0.0f : y[i];
+  }
 }
 
 void acttail_engine::add_to_stream(const acttail_norm& n, float* out, float* stream) const {

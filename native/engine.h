@@ -76,6 +76,8 @@ struct acttail_fused {
 struct acttail_norm {
   const float* weight;  // [n]; null: no norm here
   const float* bias;    // [n] or null; of LayerNorm only
+  int32_t rectified;    // 1: ReLU follows
+  int32_t padding;
 };
 
 // down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.

@@ -192,7 +192,7 @@ class Decoder {
         block.normalised = b == 0;
         block.shared_gate = has_own(b);
       }
-      const acttail_norm norm{norm_.data(), o.layer_norm ? shift_.data() : nullptr};
+      const acttail_norm norm{norm_.data(), o.layer_norm ? shift_.data() : nullptr, 0, 0};
       block.input_norm = block.mlp_norm = block.q_norm = block.k_norm = norm;
       if (o.biased) block.attention_norm = block.output_norm = norm;
       block.window = b == 1 ? 3 : 0;

@@ -29,8 +29,8 @@ def _parameters(config: Any) -> set[str]:
     return {name for name, _ in meta_model(copy.deepcopy(config)).named_parameters()}
 
 
-def possible(model: Any) -> Added:
-    """The projections that could get a bias, and the keys of the config that say so.
+def by_flag(model: Any) -> dict[str, frozenset[str]]:
+    """Key of the config -> paths of the projections that it would give a bias.
 
     A key is any that is false and speaks of a bias, such as ``attention_bias``; what it really adds is
     asked of transformers, by the model's modules without weights.
@@ -42,15 +42,24 @@ def possible(model: Any) -> Added:
     given = config.get_text_config().to_dict()
     before = _parameters(config)
     wanted = {f"{p.module}.bias" for p in find_projections(model)}
-    flags, gained = [], set()
+    found: dict[str, frozenset[str]] = {}
     for key in (k for k, v in given.items() if v is False and "bias" in k.split("_")):
         tried = copy.deepcopy(config)
         setattr(tried.get_text_config(), key, True)
         more = _parameters(tried) - before
         if more and more <= wanted:
-            flags.append(key)
-            gained |= more
-    return Added(tuple(sorted(n.removesuffix(".bias") for n in gained)), tuple(flags))
+            found[key] = frozenset(n.removesuffix(".bias") for n in more)
+    return found
+
+
+def possible(model: Any) -> Added:
+    """The projections that could get a bias, and the keys of the config that say so.
+
+    Args:
+        model: a causal LM of transformers.
+    """
+    found = by_flag(model)
+    return Added(tuple(sorted(frozenset().union(*found.values()))), tuple(found))
 
 
 def add_biases(model: Any) -> Added:
@@ -72,20 +81,30 @@ def add_biases(model: Any) -> Added:
             f"{model.config.get_text_config().model_type} models have no place for a bias on a projection: "
             "train norm, lora or all"
         )
-    for path in found.modules:
-        module = model.get_submodule(path)
-        weight: torch.Tensor = module.weight  # [d_out, d_in]
-        module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]))
-    _set(model, found.flags, value=True)
+    put_zeros(model, found)
     return found
 
 
-def remove_biases(model: Any, added: Added) -> None:
-    """Take out what :func:`add_biases` put in.
+def put_zeros(model: Any, added: Added) -> None:
+    """Give projections biases of zeros, and note it in the config.
 
     Args:
         model: in place.
-        added: what it said.
+        added: which, and by which keys.
+    """
+    for path in added.modules:
+        module = model.get_submodule(path)
+        weight: torch.Tensor = module.weight  # [d_out, d_in]
+        module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]))
+    _set(model, added.flags, value=True)
+
+
+def remove_biases(model: Any, added: Added) -> None:
+    """Take out what :func:`put_zeros` put in.
+
+    Args:
+        model: in place.
+        added: what it was given.
     """
     for path in added.modules:
         model.get_submodule(path).bias = None

@@ -14,6 +14,7 @@ from acttail.engine.families import FAMILIES, Family
 from acttail.engine.families.family import EXPERT
 from acttail.engine.spec import (
     MOST_ACTIVE,
+    RECTIFIED,
     BlockSpec,
     DecoderSpec,
     ExpertsSpec,
@@ -21,11 +22,12 @@ from acttail.engine.spec import (
     bias_of,
 )
 from acttail.model.projections import Projection, decoder_blocks, find_projections
+from acttail.model.relu import AFTER_NORMS, rectified_norms
 from acttail.model.weights import StoredWeights
 
 # Numbers of native/engine.h.
 _ACTIVATIONS = {
-    "silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3,
+    "silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3, AFTER_NORMS: 3,
 }  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def describe(model: Any) -> DecoderSpec:
         first_position=family.positions.first if family.positions else 0,
         head_bias=f"{_name_of(model, head).removesuffix('weight')}bias" if getattr(head, "bias", None) is not None else None,
         parallel=family.parallel, residual_scale=setting(family.residual_scale, 1.0),
-        logit_scale=1 / setting(family.logit_divisor, 1.0),
+        logit_scale=1 / setting(family.logit_divisor, 1.0), rectified=_rectified(family, config),
     )  # fmt: skip
 
 
@@ -150,6 +152,19 @@ def _activation(family: Family, config: Any) -> int:
     if name not in _ACTIVATIONS:
         raise UnsupportedModelError(f"the native engine does not know the activation {name}")
     return _ACTIVATIONS[name]
+
+
+def _rectified(family: Family, config: Any) -> tuple[str, ...]:
+    """Roles of the norms that ReLU follows."""
+    role_of = {module: role for role, module in family.norms.items()}
+    names = rectified_norms(config)
+    strange = next((name for name in names if role_of.get(name) not in RECTIFIED), None)
+    if strange is not None:
+        raise UnsupportedModelError(f"the native engine does not run ReLU after {strange}")
+    said = next(filter(None, (getattr(config, key, None) for key in family.activation)), None)
+    if said == AFTER_NORMS and not names:
+        raise UnsupportedModelError(f"the config calls its activation {said} and names no norms")
+    return tuple(sorted(role_of[name] for name in names))
 
 
 def _ropes(

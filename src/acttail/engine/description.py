@@ -14,7 +14,7 @@ from acttail.engine.families.family import EXPERT
 from acttail.engine.formats import stored_format
 from acttail.engine.layout import HEAD_MATRIX, READ, Layout, Segment, Stage
 from acttail.engine.shapes import Shape
-from acttail.engine.spec import DecoderSpec, ExpertsSpec
+from acttail.engine.spec import RECTIFIED, DecoderSpec, ExpertsSpec
 from acttail.errors import ActTailError
 from acttail.model.projections import HEAD
 
@@ -70,6 +70,9 @@ def _check_spec(spec: DecoderSpec) -> None:
     if inside and max(inside) != spec.intermediate:
         _refuse(f"its widest MLP has {max(inside)} features inside, not {spec.intermediate}")
     plain = family.positions is not None or family.turned is not None
+    strange = next((role for role in spec.rectified if role not in RECTIFIED), None)
+    if strange is not None:
+        _refuse(f"ReLU follows its {strange}")
     for i, block in enumerate(spec.blocks):
         kinds = family.projections if block.experts is None else family.beside_experts
         if set(block.projections) != kinds:

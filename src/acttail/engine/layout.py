@@ -21,8 +21,9 @@ from acttail.engine.spec import DecoderSpec
 # 2: the output head may be input-major, a projection like the others. Folders of version 1 have none such.
 # 3: blocks of Q4_K may end short and have scales of seven bits, as int4 does. Folders of before have int4 in groups.
 # 4: blocks may have experts. Folders of before have none.
-VERSION = 4
-READ = (1, 2, 3, VERSION)
+# 5: norms may have ReLU after them. Folders of before have none.
+VERSION = 5
+READ = (1, 2, 3, 4, VERSION)
 # The output head's matrix; a head that is the embedding read by outputs has none.
 HEAD_MATRIX = "head"
 # float32 tables that a few families have: of learned positions, and of the head.

@@ -170,8 +170,10 @@ class Prefill:
         width, eps = (x.shape[-1],), self.spec.norm_eps
         if self.spec.layer_norm:
             bias = self._tensors[f"{name}.bias"]
-            return F.layer_norm(x.float(), width, weight, bias, eps).to(x.dtype)
-        return F.rms_norm(x.float(), width, weight, eps).to(x.dtype)
+            made = F.layer_norm(x.float(), width, weight, bias, eps).to(x.dtype)
+        else:
+            made = F.rms_norm(x.float(), width, weight, eps).to(x.dtype)
+        return made.relu() if name.rpartition(".")[2] in self.spec.rectified else made
 
     @staticmethod
     def _rope(

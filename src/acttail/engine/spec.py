@@ -18,6 +18,10 @@ from acttail.sparse.rules import RULES, kind_of
 MOST_ACTIVE = 256
 
 
+# Roles of the norms that ReLU may follow: those in front of the attention's and of the MLP's projections.
+RECTIFIED = ("input_norm", "mlp_norm")
+
+
 class UnsupportedModelError(ActTailError):
     """The native engine does not know this family or variant; transformers runs it instead."""
 
@@ -122,6 +126,7 @@ class DecoderSpec:
         parallel: the MLP reads the stream as it was before the attention.
         residual_scale: of what attention and MLP add to the stream.
         logit_scale: of the head's products, before its bias.
+        rectified: roles of the blocks' norms that ReLU follows.
     """
 
     __pydantic_config__ = STRICT
@@ -153,6 +158,7 @@ class DecoderSpec:
     parallel: bool = False
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    rectified: tuple[Name, ...] = ()
 
     def inner(self, block: int) -> int:
         """Features inside of a block's own MLP."""

@@ -241,6 +241,13 @@ class GgufNames:
         return self._processor.process(weights=values, name=name).weights
 
 
+def activations() -> Any:
+    """transformers' table of activations: the name that a config says -> class of the module."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN
+
+
 # What save_pretrained of a tokenizer may write, of whatever kind it is.
 TOKENIZER_FILES = (
     "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",

@@ -29,6 +29,7 @@ from acttail.model.names import (
     PackedSource,
     resolve,
 )
+from acttail.model.relu import rectify_
 from acttail.model.shards import SafetensorsWeights
 from acttail.model.weights import LoadedWeights, StoredWeights, WeightSource
 from acttail.model.whole import dtype_of, fill_whole, load_whole, placement
@@ -185,6 +186,7 @@ class Opened:
         else:
             model = fill_whole(self.stored, self.skeleton, wanted, spread=spread, progress=progress)
             model.generation_config = self.generation_config or model.generation_config
+        rectify_(model)
         model.acttail_source = self.source
         if not spread:
             model = model.to(device)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from acttail.model.hf import forget_quantizer, quantizers
+from acttail.model.relu import rectify_, register
 from acttail.plan import SparsityPlan
 from acttail.sparse.apply import sparsify_
 from acttail.sparse.hf_config import METHOD, ActTailConfig
@@ -28,6 +29,7 @@ class ActTailQuantizer(_HF.quantizer):  # type: ignore[misc,name-defined]
         self.plan = SparsityPlan.from_dict(quantization_config.plan)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        rectify_(model)
         prefill = self.quantization_config.prefill
         return sparsify_(model, self.plan, prefill=prefill, check_contents=False)
 
@@ -50,3 +52,6 @@ class ActTailQuantizer(_HF.quantizer):  # type: ignore[misc,name-defined]
     def is_trainable(self) -> bool:
         """Gradients pass through the entries that were kept."""
         return True
+
+
+register()

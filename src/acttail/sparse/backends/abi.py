@@ -46,7 +46,9 @@ class Fused(ctypes.Structure):
 class Norm(ctypes.Structure):
     """struct acttail_norm."""
 
-    _fields_ = (("weight", _pointer), ("bias", _pointer))
+    _fields_ = (
+        ("weight", _pointer), ("bias", _pointer), ("rectified", _i32), ("padding", _i32),
+    )  # fmt: skip
 
 
 class Mlp(ctypes.Structure):
