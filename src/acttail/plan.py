@@ -161,6 +161,12 @@ class SparsityPlan:
             return None
         return found
 
+    @property
+    def exact(self) -> bool:
+        """Whether it drops zeros alone, so that the model computes the same without it."""
+        only_zeros = RULES[self.rule] == "threshold"
+        return only_zeros and all(not e.threshold for e in self.projections.values())
+
     def covered(self, weights: WeightSource) -> list[Projection]:
         """The model's projections that the plan says something of: the blocks', and the head if it does."""
         head = weights.head if self.head is not None else None

@@ -6,8 +6,8 @@ dense model only the last hidden states are kept, from which its logits are one 
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,12 +30,14 @@ class Distillation:
         held: [m, T] token ids that validate; what the dense model makes of them is computed now and held, for it is
             asked for when the parts are merged, too.
         autocast: dtype that products are computed in; None for that of the weights.
+        original: inside, the model has what was put into it before its parts as it was.
     """
 
     def __init__(
         self, model: Any, parts: Sequence[Part], held: torch.Tensor, autocast: torch.dtype | None = None,
+        original: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
-        self._model, self._parts = model, parts
+        self._model, self._parts, self._original = model, parts, original
         self._autocast = autocast
         self._device = input_device(model)
         self._decoder = model.get_decoder()
@@ -63,6 +65,7 @@ class Distillation:
         with torch.no_grad(), _every_row_dense(self._state), ExitStack() as stack:
             for part in self._parts:
                 stack.enter_context(part.before())
+            stack.enter_context(self._original())
             hidden: torch.Tensor = self._hidden(ids[None])[0]
             return hidden
 

@@ -95,7 +95,7 @@ class Relu:
         """Of the registry."""
         return STAGES[self.stage]
 
-    def arguments(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a plan notes them."""
         return {"stage": self.stage} | ({"zeros": self.zeros} if self.zeros is not None else {})
 
@@ -127,7 +127,9 @@ class Swap:
         if rectified_norms(model.config) or (
             not row.norms and not row.shifts and self._is_relu(model)
         ):
-            raise ModelError(f"this {self._name} model has ReLU already; give the one it was made from")
+            raise ModelError(
+                f"this {self._name} model has ReLU already; give the one it was made from"
+            )
         self._gates = self._shiftable() if row.shifts else []
         norms = self._norms_before_projections() if row.norms else ()
         try:
@@ -212,14 +214,20 @@ class Swap:
 
     def _shiftable(self) -> list[Projection]:
         """The gates, or what the activation reads where there are none, once each has or can have a bias."""
-        found = [p for p in find_projections(self._model) if p.kind in ("gate", "fc1") and p.expert is None]
+        found = [
+            p
+            for p in find_projections(self._model)
+            if p.kind in ("gate", "fc1") and p.expert is None
+        ]
         if found and all(
             isinstance(getattr(self._model.get_submodule(p.module), "bias", None), nn.Parameter)
             for p in found
         ):
             return found
         paths = {p.module for p in found}
-        flag = next((f for f, gained in by_flag(self._model).items() if paths and paths <= gained), None)
+        flag = next(
+            (f for f, gained in by_flag(self._model).items() if paths and paths <= gained), None
+        )
         if flag is None:
             raise ModelError(
                 f"{self._name} models have no place for a bias on the gate, which the shift would be: use stage1 or stage2"
@@ -237,7 +245,9 @@ class Swap:
         def hook(path: str) -> Any:
             def shift(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
                 values = output.detach().float().flatten()
-                shifts[path] = float(values.kthvalue(max(1, math.ceil(zeros * values.numel()))).values)
+                shifts[path] = float(
+                    values.kthvalue(max(1, math.ceil(zeros * values.numel()))).values
+                )
                 return output - shifts[path]
 
             return shift
@@ -281,7 +291,8 @@ class Swap:
 
         handles = [m.register_forward_hook(note(name)) for name, m in norms.items()]
         handles += [
-            self._model.get_submodule(name).register_forward_pre_hook(look(name)) for name in readers
+            self._model.get_submodule(name).register_forward_pre_hook(look(name))
+            for name in readers
         ]
         try:
             _run(self._model, torch.zeros(1, 2, dtype=torch.int64))
@@ -297,7 +308,9 @@ class Swap:
             norm = made[read[name]][0]
             found[p.block].add(norm.removeprefix(f"{path}.{p.block}."))
         if any(names != found[0] for names in found.values()) or not found[0]:
-            raise ModelError(f"the blocks of this {self._name} model differ in their norms: use stage1")
+            raise ModelError(
+                f"the blocks of this {self._name} model differ in their norms: use stage1"
+            )
         return tuple(sorted(found[0]))
 
 

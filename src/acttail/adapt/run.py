@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 
 from acttail.adapt.data import Windows, cut, sketched
 from acttail.adapt.distil import Distillation
+from acttail.adapt.exact import exact_plan
 from acttail.adapt.parts import Part, attach, check_rule, undo, values
 from acttail.adapt.provenance import sketched_again
+from acttail.adapt.relu import Relu, Swap
 from acttail.adapt.settings import BETAS, CLIP, Settings
 from acttail.adapt.state import Position, RunState
 from acttail.base.progress import Progress
 from acttail.calibrate.text import Text
+from acttail.errors import ActTailError
 from acttail.plan import SparsityPlan
 from acttail.sparse.apply import densify_, sparsify_
 
@@ -31,8 +35,8 @@ class Adapted:
     Attributes:
         plan: of the adapted model: the same budget, with sketches of the new weights.
         improved: whether the adapted model is nearer to the dense one on held-out text; if not, the model has
-            its first weights again.
-        kl_before: KL(dense || sparse) per token on the held-out windows before, nats.
+            its first weights again, beside ReLU where that was asked for.
+        kl_before: KL(dense || sparse) per token on the held-out windows before, nats; with ReLU already put in.
         kl_after: that of the model as it is now, rounded to its dtype.
         steps: optimiser steps.
         tokens: trained on, every repeat counted.
@@ -61,10 +65,11 @@ class Adapted:
 def adapt(
     model: Any,
     tokenizer: Any,
-    plan: SparsityPlan,
+    plan: SparsityPlan | None,
     texts: Sequence[Text],
     settings: Settings | None = None,
     *,
+    relu: Relu | None = None,
     tokens: int | None = None,
     dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
@@ -80,9 +85,10 @@ def adapt(
     Args:
         model: a causal LM of transformers, dense or sparse; sparse under the returned plan afterwards.
         tokenizer: its tokenizer.
-        plan: made for this model.
+        plan: made for this model; None with `relu`, whose plan drops the exact zeros and nothing else.
         texts: to train and validate on; never what is scored.
         settings: see :class:`acttail.adapt.settings.Settings`.
+        relu: puts ReLU into the model first, which it keeps; the model without is what is distilled.
         tokens: of each text to use; None for all.
         dtype: that the weights end in; None for what they had.
         autocast: dtype that products are computed in while training; None for float32.
@@ -96,31 +102,41 @@ def adapt(
         PlanError: the plan was made for another model.
         ModelError: nothing of the kind can be trained in this model.
         TextError: too little text.
-        ActTailError: the plan's rule does not go with what is trained.
+        ActTailError: the plan's rule does not go with what is trained, or both a plan and ReLU were given.
     """
     settings = settings or Settings()
-    check_rule(settings.train, plan)
+    if (plan is None) == (relu is None):
+        raise ActTailError("a model is adapted to a plan or to ReLU: give one of the two")
+    if plan is not None:
+        check_rule(settings.train, plan)
     densify_(model)
     ended = dtype or model.dtype
     windows = cut(texts, model, tokenizer, settings, tokens)
     model.eval().float()
-    sparsify_(model, plan)
-    asked = (json.dumps(plan.to_dict()), windows.digest(), settings, ended, autocast)
-    state = RunState(sketched(model, *asked))
     parts: list[Part] = []
+    swap: Swap | None = None
     try:
+        if relu is not None:
+            swap = Swap(model, relu, windows.train)
+        judge = _Judge(plan, relu, windows.held)
+        judge.sparsify(model)
+        asked = (judge.key(), windows.digest(), settings, ended, autocast)
+        state = RunState(sketched(model, *asked))
         parts = attach(model, settings.train, rank=settings.rank, seed=settings.seed)
-        run = _Run(model, parts, windows, settings, state, autocast, progress, remark)
+        run = _Run(model, parts, windows, settings, state, autocast, progress, remark, swap)
         at = run.train()
-        made, kl = _finish(model, plan, run, at, ended)
+        made, improved, kl = _finish(model, judge, run, at, ended)
     except BaseException:
         undo(parts)
-        densify_(model).to(ended).requires_grad_(True)
+        densify_(model)
+        if swap is not None:
+            swap.undo()
+        model.to(ended).requires_grad_(True)
         raise
     state.remove()
     model.to(ended).requires_grad_(True)
     return Adapted(
-        plan=made, improved=made is not plan, kl_before=at.before, kl_after=kl, steps=at.step,
+        plan=made, improved=improved, kl_before=at.before, kl_after=kl, steps=at.step,
         tokens=at.step * settings.batch * windows.train.shape[1], seconds=at.seconds,
         cpu_seconds=at.cpu_seconds, held_out=windows.held.numel(),
         parameters=sum(p.numel() for part in parts for p in part.parameters.values()),
@@ -134,9 +150,11 @@ class _Run:
     def __init__(
         self, model: Any, parts: list[Part], windows: Windows, settings: Settings, state: RunState,
         autocast: torch.dtype | None, progress: Progress | None, remark: Callable[[str], None],
+        swap: Swap | None = None,
     ) -> None:  # fmt: skip
         self.parts, self.windows, self.settings = parts, windows, settings
-        self.distillation = Distillation(model, parts, windows.held, autocast)
+        original = nullcontext if swap is None else swap.original
+        self.distillation = Distillation(model, parts, windows.held, autocast, original)
         self.best: dict[str, torch.Tensor] = {}
         self._state, self._progress, self._remark = state, progress, remark
         self._optimiser = torch.optim.AdamW(
@@ -235,16 +253,43 @@ class _Clock:
         self._wall, self._cpu = wall, cpu
 
 
+class _Judge:
+    """The plan that a run is under, and the one that its result gets."""
+
+    def __init__(self, plan: SparsityPlan | None, relu: Relu | None, held: torch.Tensor) -> None:
+        self._plan, self._relu, self._held = plan, relu, held
+
+    def key(self) -> str:
+        """All that it depends on, the model and its windows apart."""
+        asked: SparsityPlan | Relu | None = self._plan or self._relu
+        assert asked is not None  # noqa: S101  (one of the two is given)
+        return json.dumps(asked.to_dict())
+
+    def sparsify(self, model: Any, note: str | None = None) -> SparsityPlan:
+        """Make a dense model sparse, as the run or its result is.
+
+        Args:
+            model: in place.
+            note: what was done to its weights; None where they are those that the run began with.
+        """
+        if self._relu is not None:
+            made = exact_plan(model, self._relu, self._held, note or "not trained")
+        else:
+            assert self._plan is not None  # noqa: S101  (one of the two is given)
+            made = self._plan if note is None else sketched_again(self._plan, model, note)
+        sparsify_(model, made)
+        return made
+
+
 def _finish(
-    model: Any, plan: SparsityPlan, run: _Run, at: Position, dtype: torch.dtype
-) -> tuple[SparsityPlan, float]:
+    model: Any, judge: _Judge, run: _Run, at: Position, dtype: torch.dtype
+) -> tuple[SparsityPlan, bool, float]:
     """Merge, round as the result will be, make the plan match, and judge the whole on held-out text.
 
     Returns:
-        (plan of the model as it is now, its KL); the plan that was given and the KL from before where the whole
-        is no better than what there was.
+        (plan of the model as it is now, whether it is better than what there was, its KL); where it is not, the
+        weights are those from before, and so is the KL.
     """
-    kl = at.before
     if at.best < at.before:
         for part in run.parts:
             part.merge()
@@ -253,11 +298,10 @@ def _finish(
                 p.copy_(p.to(dtype))
         densify_(model)
         note = f"{'+'.join(run.settings.train)}, {at.step} steps on {', '.join(run.windows.names)}"
-        adapted = sketched_again(plan, model, note)
-        sparsify_(model, adapted)
+        adapted = judge.sparsify(model, note)
         kl = run.distillation.validate()
         if kl < at.before:
-            return adapted, kl
+            return adapted, True, kl
     undo(run.parts)
-    sparsify_(model, plan)
-    return plan, at.before
+    densify_(model)
+    return judge.sparsify(model), False, at.before

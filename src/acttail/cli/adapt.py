@@ -15,14 +15,30 @@ from acttail.cli.progress import work
 from acttail.errors import ActTailError, TextError
 
 if TYPE_CHECKING:
+    from acttail.adapt.relu import Relu
     from acttail.adapt.run import Adapted
     from acttail.adapt.settings import Settings
 
 
 def adapt(
     model: Model,
-    plan: Annotated[str, typer.Option(help="Plan file that the model is adapted to.")],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder to write.")],
+    plan: Annotated[
+        str | None, typer.Option(help="Plan file that the model is adapted to.")
+    ] = None,
+    relu: Annotated[
+        str | None,
+        typer.Option(
+            help="Or put ReLU in: stage1 (the MLP's activation), stage2 (after the norms, too) or shifted.",
+            metavar="STAGE",
+        ),
+    ] = None,
+    zeros: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the MLP's features that --relu shifted silences; 0.9 by default."
+        ),
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Text to train on, never one that is scored; may be repeated."),
@@ -60,7 +76,7 @@ def adapt(
     ] = "auto",
     json: Json = False,
 ) -> None:
-    """Train a little of a model so that it says under a plan what it said without one.
+    """Train a little of a model so that it says under a plan, or with ReLU, what it said without.
 
     A short distillation of the dense model into itself made sparse. Writes a folder that everything loads, the
     plan inside; never a worse model than the one it began with. A run that was stopped goes on when it is
@@ -68,6 +84,10 @@ def adapt(
     """
     from acttail.adapt.parts import check_rule
     from acttail.plan import SparsityPlan
+
+    swap = _relu(relu, zeros)
+    if (plan is None) == (swap is None):
+        raise ActTailError("adapt needs --plan FILE or --relu STAGE, one of the two")
 
     settings = _settings(
         train=tuple(names(train, "--train")), minutes=10.0 if minutes is None and steps is None else minutes, steps=steps,
@@ -80,13 +100,27 @@ def adapt(
     check_output_folder(output)
     if Path(output).exists() and Path(model).exists() and Path(output).samefile(model):
         raise ActTailError(f"--output: {output} is the model itself; give another folder")
-    with option("--plan"):
-        loaded = SparsityPlan.load(plan)
-    with option("--train"):
-        check_rule(settings.train, loaded)
+    loaded = None
+    if plan is not None:
+        with option("--plan"):
+            loaded = SparsityPlan.load(plan)
+        with option("--train"):
+            check_rule(settings.train, loaded)
     texts = [text_of(name) for name in text or ()]
     lm, tokenizer = load_model(model, dtype, device=where)
-    _run(lm, tokenizer, loaded, texts, settings, tokens, output, self_, json)
+    _run(lm, tokenizer, loaded, swap, texts, settings, tokens, output, self_, json)
+
+
+def _relu(stage: str | None, zeros: float | None) -> "Relu | None":
+    """Judge --relu and --zeros."""
+    if stage is None:
+        if zeros is not None:
+            raise ActTailError("--zeros is about --relu shifted: give that, or leave it out")
+        return None
+    from acttail.adapt.relu import Relu
+
+    with option("--relu" if zeros is None else "--zeros"):
+        return Relu(stage, zeros)
 
 
 def _settings(**asked: Any) -> "Settings":
@@ -102,7 +136,7 @@ def _settings(**asked: Any) -> "Settings":
 
 
 def _run(
-    lm: Any, tokenizer: Any, plan: Any, texts: list[Any], settings: "Settings", tokens: int | None,
+    lm: Any, tokenizer: Any, plan: Any, swap: "Relu | None", texts: list[Any], settings: "Settings", tokens: int | None,
     output: str, self_: bool, json: bool,
 ) -> None:  # fmt: skip
     from acttail.adapt.data import sampled
@@ -117,7 +151,7 @@ def _run(
             )
     with work("adapting") as progress:
         done = distil(
-            lm, tokenizer, plan, texts, settings, tokens=tokens, autocast=autocast_for(lm.device),
+            lm, tokenizer, plan, texts, settings, relu=swap, tokens=tokens, autocast=autocast_for(lm.device),
             progress=progress, remark=note,
         )  # fmt: skip
     hub.save(lm, tokenizer, output)
@@ -142,4 +176,14 @@ def _print(done: "Adapted", output: str) -> None:
         f"{done.steps} steps, {done.tokens} tokens, {done.seconds:.0f} s ({done.cpu_seconds:.0f} s of processors), "
         f"{done.parameters:,} numbers trained"
     )
+    if done.plan.exact:
+        kinds: dict[str, list[float]] = {}
+        for entry in done.plan.projections.values():
+            if entry.threshold is not None:
+                kinds.setdefault(entry.kind, []).append(entry.realised_sparsity)
+        shown = ", ".join(f"{kind} {sum(v) / len(v):.3f}" for kind, v in kinds.items())
+        say(
+            f"exact zeros on held-out tokens: {done.plan.realised_sparsity:.4f} of the weights need not be read "
+            f"(of the inputs of {shown}); what the ReLU model says does not depend on the plan"
+        )
     say(f"saved to {output}; transformers loads it after `import acttail`")

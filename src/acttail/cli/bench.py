@@ -30,7 +30,9 @@ def bench(
     plan: Annotated[str | None, typer.Option(help="Plan file.")] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Or a sparsity, 0.5 by default; the same everywhere unless --allocator."),
+        typer.Option(
+            help="Or a sparsity; the same everywhere unless --allocator. MODEL's own plan by default, else 0.5."
+        ),
     ] = None,
     read_share: ReadShare = None,
     speedup: Speedup = None,
@@ -76,7 +78,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure tokens per second, the bytes a token reads, and what share of the memory's speed that is."""
-    from acttail.evaluate.bench import check_llama_cpp, check_peer_file, run_bench
+    from acttail.evaluate.bench import check_llama_cpp, check_peer_file, own_plan, run_bench
     from acttail.model.opened import open_model
 
     others = names(against, "--against") if against else []
@@ -97,7 +99,7 @@ def bench(
         engine=engine_of(dtype, threads),
         allocator=allocator
         or ("uniform" if (sparsity, read_share, speedup) != (None, None, None) and curves is None else None),
-    ) or request_of(sparsity=0.5, allocator="uniform")  # fmt: skip
+    )  # fmt: skip
     with option("--peer-file"):
         check_peer_file(gguf)
     check_outputs(output, plot=plot)
@@ -109,7 +111,9 @@ def bench(
     opened = open_model(model)
     if "llama.cpp" in others:
         check_llama_cpp(opened, gguf)  # before a plan is made
-    loaded = opened_plan(opened, asked)
+    loaded = opened_plan(
+        opened, asked or own_plan(opened) or request_of(sparsity=0.5, allocator="uniform")
+    )
     with work("measuring") as progress:
         if device is not None:
             from acttail.evaluate.gpu import run_gpu_bench
@@ -190,6 +194,7 @@ def _print(row: dict[str, Any]) -> None:
     say(
         f"{row['rounds']} rounds by turns, {row['prompt_tokens']} + {row['new_tokens']} tokens; decode and prefill in "
         "tokens/s, what a token reads, and that as a share of the memory's speed; "
+        f"realised sparsity {row['realised_sparsity']:.4f}; "
         f"memory reads {row['bandwidth'] / 1e9:.1f} GB/s with {row['threads']} thread(s); engine {row['engine']}"
         + (
             f"; dense kernel for {len(row['dense_kernel'])} projections"

@@ -23,9 +23,12 @@ from acttail.evaluate.speed import (
     bytes_per_token,
     check_rounds,
     measure,
+    share_read,
 )
+from acttail.model.names import PackedSource
 from acttail.model.opened import Opened, open_model
 from acttail.plan import SparsityPlan
+from acttail.sparse.rules import kind_of
 
 # Instead of a peer's file: the model's own, as it is.
 OWN = "own"
@@ -41,7 +44,7 @@ def run_bench(
 
     Args:
         model: Hub id, folder, GGUF file or alias.
-        plan: a plan, its file, or a request for one; by default half of every input.
+        plan: a plan, its file, or a request for one; by default the model's own, else half of every input.
         dtype: of the engine's weights; by default the widths of a GGUF file or an .acttail folder, else ``bf16``.
         threads: that decode, in every contestant; all of torch's by default.
         prompt_tokens: lengths of the prompt; ratios are of the first.
@@ -113,12 +116,23 @@ def run_bench(
 
 
 def plan_for(model: Opened, plan: SparsityPlan | PlanRequest | str | None) -> SparsityPlan:
-    """The plan of a benchmark: one, that of a file, of a request, or half of every input."""
+    """The plan of a benchmark: one, that of a file, of a request, the model's own, or half of every input."""
     if isinstance(plan, str):
         return SparsityPlan.load(plan)
+    if plan is None:
+        plan = own_plan(model)
     if isinstance(plan, SparsityPlan):
         return plan
     return requested(model, plan or PlanRequest(0.5, allocator="uniform")).plan
+
+
+def own_plan(model: Opened) -> SparsityPlan | None:
+    """The plan that a model carries inside; None if it has none."""
+    if isinstance(model.source, PackedSource):
+        packed: SparsityPlan | None = getattr(model.stored, "plan", None)
+        return packed
+    carried = {} if model.source.gguf is not None else model.quantization
+    return SparsityPlan.from_dict(carried["plan"]) if "plan" in carried else None
 
 
 def check_peer_file(gguf: str | None) -> None:
@@ -177,7 +191,7 @@ def _row(
     per_second = {n: first.median(n) for n in first.decode}
     return {
         "model": engine.source, "engine": engine.name, "dtype": short_name(engine.dtype), "threads": threads,
-        "sparsity": plan.sparsity, "realised_sparsity": plan.realised_sparsity, "allocator": plan.allocator,
+        "sparsity": plan.sparsity, "realised_sparsity": _realised(engine, plan, prompts[0] + new_tokens // 2), "allocator": plan.allocator,
         "rule": plan.rule, "forecast": forecast_of(plan), "prompt_tokens": prompts[0], "new_tokens": new_tokens, "rounds": rounds,
         "tokens_per_second": per_second,
         "prefill_tokens_per_second": {n: first.median(n, prefill=True) for n in first.prefill},
@@ -192,3 +206,10 @@ def _row(
             for p, s in zip(prompts, speeds, strict=True)
         ],
     }  # fmt: skip
+
+
+def _realised(engine: Engine, plan: SparsityPlan, context: int) -> float:
+    """Of a plan of thresholds what a token at this context really leaves unread; others say it themselves."""
+    if kind_of(plan).fixed_k or not isinstance(engine, NativeEngine):
+        return plan.realised_sparsity
+    return 1 - share_read(engine, context)

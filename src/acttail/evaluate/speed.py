@@ -177,18 +177,28 @@ def bytes_per_token(engine: NativeEngine, context: int) -> float:
         engine: a native engine.
         context: positions in the cache.
     """
+    spec = engine.packed.layout.spec
+    read = packed_bytes(
+        engine.packed, engine.plan, dense_kernel=engine.decoder.dense_kernel, share=share_read(engine, context)
+    )  # fmt: skip
+    kv = kv_bytes(spec, kv_format(engine.decoder.kv_dtype), context)
+    return float(read.sparse + kv)
+
+
+def share_read(engine: NativeEngine, context: int) -> float:
+    """Share of the projections' weights that one token at this context reads, as the kernels count.
+
+    Args:
+        engine: a native engine.
+        context: positions in the cache.
+    """
     spec, layout = engine.packed.layout.spec, engine.packed.layout
     sequence = engine.new_sequence(context + 2)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, spec.vocabulary, (max(1, context),), generator=generator)
     sequence.feed(prompt)
     sequence.feed(prompt[-1:])
-    share = read_share(layout, sequence.weights_read)
-    read = packed_bytes(
-        engine.packed, engine.plan, dense_kernel=engine.decoder.dense_kernel, share=share
-    )
-    kv = kv_bytes(spec, kv_format(engine.decoder.kv_dtype), context)
-    return float(read.sparse + kv)
+    return read_share(layout, sequence.weights_read)
 
 
 def check_rounds(rounds: int, new_tokens: int, prompt_tokens: int) -> None:

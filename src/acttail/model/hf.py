@@ -242,7 +242,7 @@ class GgufNames:
 
 
 def activations() -> Any:
-    """transformers' table of activations: the name that a config says -> class of the module."""
+    """The table of transformers' activations: the name that a config says -> class of the module."""
     from transformers.activations import ACT2FN
 
     return ACT2FN

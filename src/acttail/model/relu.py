@@ -12,7 +12,7 @@ import torch
 from annotated_types import Len
 from torch import nn
 
-from acttail.base.schema import STRICT, Name, SchemaError, checked
+from acttail.base.schema import Name, SchemaError, checked
 from acttail.errors import ModelError
 from acttail.model.hf import activations
 from acttail.model.projections import decoder_blocks
@@ -65,7 +65,9 @@ def rectified_norms(config: Any) -> tuple[str, ...]:
         raise ModelError(f"{KEY} of the config is damaged: {error}") from None
     names = fields.get("norms")
     if names is None or not all(re.fullmatch(r"\w+(\.\w+)*", name) for name in names):
-        raise ModelError(f'{KEY} of the config is damaged: it is {{"norms": [...]}} with names of modules')
+        raise ModelError(
+            f'{KEY} of the config is damaged: it is {{"norms": [...]}} with names of modules'
+        )
     return tuple(names)
 
 

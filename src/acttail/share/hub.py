@@ -13,6 +13,7 @@ from acttail.base.files import write_text
 from acttail.base.folders import replacing_folder
 from acttail.errors import ActTailError, ModelError, reason
 from acttail.model.hf import TOKENIZER_FILES
+from acttail.model.relu import rectified_norms
 from acttail.plan import SparsityPlan
 from acttail.report.heatmap import grid, terminal
 from acttail.sparse.state import sparse_state
@@ -27,8 +28,8 @@ tags:
 
 # {title}
 
-{base} with *activation sparsity*: at every linear projection only the largest entries of the input
-vector are kept, and only the weights they meet need to be read. {weights}
+{base} with *activation sparsity*: {what}
+{weights}
 
 ## Use
 
@@ -40,7 +41,7 @@ model = AutoModelForCausalLM.from_pretrained("{repository}")
 tokenizer = AutoTokenizer.from_pretrained("{repository}")
 ```
 
-Without `import acttail` transformers loads the dense model, with a warning. To decode faster, with native
+Without `import acttail` {alone}. To decode faster, with native
 kernels:
 
 ```
@@ -79,8 +80,18 @@ holds for this one.
 """
 
 
+_LARGEST = """at every linear projection only the largest entries of the input
+vector are kept, and only the weights they meet need to be read."""
+_ZEROS = """its activations are ReLU's, and the weights that an exact zero meets need
+not be read; nothing else is dropped."""
+_DENSE = "transformers loads the dense model, with a warning"
+_ALIKE = "transformers loads the same model, with a warning, and reads all of it"
+_REFUSED = "transformers refuses it, for it cannot put ReLU after the norms"
 _SAME = """The weights are those of the base model,
 bit for bit; what was added is a plan, in `config.json`, that says how much each projection drops."""
+_RELU = """The activations were swapped and the weights adapted to it by a
+short distillation of the dense model into this one ({note}); it is another model than {base}, and further from it
+the shorter that was."""
 _CHANGED = """A plan, in `config.json`, says how much each
 projection drops. The weights were adapted to it by a short distillation of the dense model into itself made
 sparse ({note})."""
@@ -88,7 +99,7 @@ sparse ({note})."""
 
 def model_card(
     plan: SparsityPlan, *, repository: str, base: str | None = None, prefill: str = "all",
-    results: Sequence[Mapping[str, Any]] = (), license_: str | None = None,
+    results: Sequence[Mapping[str, Any]] = (), license_: str | None = None, refused: bool = False,
 ) -> str:  # fmt: skip
     """The README of a sparse model.
 
@@ -99,6 +110,7 @@ def model_card(
         prefill: the prefill policy.
         results: rows of `compare`, `eval` or `sweep`.
         license_: of the base model, as the Hub names it.
+        refused: whether transformers cannot build the model without acttail.
     """
     base = base or plan.model
     note = plan.created_with.get(ADAPTED)
@@ -119,7 +131,9 @@ def model_card(
         kinds="\n".join(
             f"| {k} | {sum(v) / len(v):.3f} | {min(v):.3f} | {max(v):.3f} |" for k, v in kinds.items()
         ),
-        weights=_SAME if note is None else _CHANGED.format(note=note),
+        weights=_SAME if note is None else (_RELU if plan.exact else _CHANGED).format(note=note, base=base),
+        what=_ZEROS if plan.exact else _LARGEST,
+        alone=_REFUSED if refused else _ALIKE if plan.exact else _DENSE,
         heat=terminal(grid(cells), title="sparsity"), results=_results(results),
     )  # fmt: skip
 
@@ -175,7 +189,7 @@ def save(
     name = repository or target.resolve().name
     card = model_card(
         state.plan, repository=name, base=_base(model), prefill=str(state.policy), results=results,
-        license_=license_,
+        license_=license_, refused=bool(rectified_norms(model.config)),
     )  # fmt: skip
     with replacing_folder(target, _OWNED) as written:
         try:
