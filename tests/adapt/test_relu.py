@@ -48,7 +48,7 @@ def test_what_is_put_in_is_taken_out_again(family, stage):
     dense = logits(model)
     refused = (family in UNSHIFTED and stage == "shifted") or (family, stage) == ("opt", "stage1")
     if refused:
-        with pytest.raises(ModelError, match="no place for a bias|has ReLU already"):
+        with pytest.raises(ModelError, match=r"no place for a bias|has ReLU already"):
             Swap(model, Relu(stage), IDS)
     else:
         swap = Swap(model, Relu(stage), IDS)
@@ -350,7 +350,7 @@ def test_a_damaged_config_is_refused(damage, tokenizer, tmp_path):
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"acttail_relu": damage}))
-    with pytest.raises(ActTailError, match="damaged|does not have|load it with acttail"):
+    with pytest.raises(ActTailError, match=r"damaged|does not have|load it with acttail"):
         logits(acttail.load(tmp_path)[0])
     with pytest.raises(ActTailError):
         Engine.from_pretrained(tmp_path, dtype="fp32", native=True)
