@@ -21,15 +21,24 @@ def test_every_struct_is_laid_out_alike():
     assert found().available
 
 
+# What follows the pointers of the struct.
+REST = (("rectified", ctypes.c_int32), ("padding", ctypes.c_int32))
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
         ((("weight", ctypes.c_void_p),), "acttail_norm"),
-        ((("bias", ctypes.c_void_p), ("weight", ctypes.c_void_p)), "acttail_norm.bias"),
-        ((("weight", ctypes.c_void_p), ("shift", ctypes.c_void_p)), "acttail_norm.shift"),
-        ((("weight", ctypes.c_void_p), ("bias", ctypes.c_int64)), None),
+        ((("bias", ctypes.c_void_p), ("weight", ctypes.c_void_p), *REST), "acttail_norm.bias"),
+        ((("weight", ctypes.c_void_p), ("shift", ctypes.c_void_p), *REST), "acttail_norm.shift"),
+        ((("weight", ctypes.c_void_p), ("bias", ctypes.c_int64), *REST), None),
         (
-            (("weight", ctypes.c_void_p), ("bias", ctypes.c_int32), ("more", ctypes.c_int32)),
+            (
+                ("weight", ctypes.c_void_p),
+                ("bias", ctypes.c_int32),
+                ("more", ctypes.c_int32),
+                *REST,
+            ),
             "acttail_norm.bias",
         ),
     ],

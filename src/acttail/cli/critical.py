@@ -106,15 +106,12 @@ def _over_tokens(
     if loaded is not None:
         sparsify_(lm, loaded)
     with work("following tokens") as progress:
-        given = {"progress": progress, **protocol}
-        rows = [
-            r.to_dict()
-            for r in (
-                reuse(lm, tokenizer, content, spans, **given)
-                if spans
-                else aggregated(lm, tokenizer, content, **given)
-            )
-        ]
+        found = (
+            reuse(lm, tokenizer, content, spans, progress=progress, **protocol)
+            if spans
+            else aggregated(lm, tokenizer, content, progress=progress, **protocol)
+        )
+        rows = [r.to_dict() for r in found]
     if json:
         print_json(rows)
         return
