@@ -6,6 +6,7 @@
 // some CPUs can run.
 #include "kernels.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>

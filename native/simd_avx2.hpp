@@ -133,6 +133,8 @@ inline I widen_unsigned(const void* p) {
 inline I widen_signed(const void* p) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
 }
+// To the nearest, ties to even.
+inline I to_int(F v) { return _mm256_cvtps_epi32(v); }
 inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
 
 // Adds the products of four unsigned bytes of a and signed ones of b to each 32-bit word of sums; kept in pairs

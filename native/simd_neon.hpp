@@ -167,6 +167,10 @@ inline I widen_signed(const void* p) {
   return from32(vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(wide))),
                 vreinterpretq_u32_s32(vmovl_s16(vget_high_s16(wide))));
 }
+// To the nearest, ties to even.
+inline I to_int(F v) {
+  return {vreinterpretq_u8_s32(vcvtnq_s32_f32(v.a)), vreinterpretq_u8_s32(vcvtnq_s32_f32(v.b))};
+}
 inline F to_float(I v) {
   return {vcvtq_f32_s32(vreinterpretq_s32_u8(v.a)), vcvtq_f32_s32(vreinterpretq_s32_u8(v.b))};
 }

@@ -207,6 +207,12 @@ inline I widen_signed(const void* p) {
   for (int i = 0; i < W; ++i) wide[i] = static_cast<const int8_t*>(p)[i];
   return load_int(wide);
 }
+// To the nearest, ties to even.
+inline I to_int(const F& a) {
+  int32_t v[W];
+  for (int i = 0; i < W; ++i) v[i] = static_cast<int32_t>(std::lrint(a.v[i]));
+  return load_int(v);
+}
 inline F to_float(const I& a) {
   int32_t v[W];
   std::memcpy(v, a.v, sizeof v);

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,9 @@ _PROBE = "from acttail.sparse.backends import cpu; print(cpu.status().isa)"
 
 def environment(isa):
     """What tells a process to use it; the test is skipped where this machine has none such."""
-    env = os.environ | {"ACTTAIL_ISA": isa}
+    # What the tests share is found there as it is here.
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"ACTTAIL_ISA": isa, "PYTHONPATH": path}
     found = subprocess.run([sys.executable, "-c", _PROBE], env=env, capture_output=True, text=True)
     if found.stdout.strip() != isa:
         pytest.skip(f"this machine has no {isa}")
