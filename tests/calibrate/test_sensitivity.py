@@ -1,12 +1,15 @@
 """Sensitivity curves against the naive formula; the budget against brute force; resume; peers."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +22,14 @@ from transformers import AutoModelForCausalLM
 from acttail import make_plan
 from acttail.allocate import AllocationContext
 from acttail.allocate.greedy import paths
+from acttail.calibrate import elsewhere
 from acttail.calibrate.calibration import Calibration
 from acttail.calibrate.curves import SensitivityCurves, predicted_loss
 from acttail.calibrate.measure import measure
 from acttail.calibrate.selftext import sample_text
 from acttail.calibrate.tape import backward_by_block, fisher_objective
 from acttail.calibrate.text import Text
-from acttail.errors import ActTailError, PlanError, TextError
+from acttail.errors import ActTailError, ModelError, PlanError, TextError
 from acttail.maths.budget import kept_entries, model_sparsity
 from acttail.maths.curves import lower_hull, minimise
 from acttail.model.projections import find_head, find_projections, weight_of
@@ -377,3 +381,86 @@ def test_self_text():
     assert a == b
     assert a != sample_text(model, byte_tokenizer(), tokens=64, seed=1)
     assert a.name.startswith("self@")
+
+
+def load_again(folder):
+    """A model as another process loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def bits(curves):
+    return {name: curve.tobytes() for name, curve in curves.curves.items()}
+
+
+@pytest.mark.parametrize("loss", ["fisher", "output", "kl"])
+def test_windows_in_any_order_give_the_same_bits(saved, monkeypatch, loss):
+    """Through the same door as a cluster, whose tasks end as they please."""
+    c = calibration(load_again(saved))
+    alone = measure(c, loss=loss, resume=False)
+
+    @contextmanager
+    def backwards(work, **asked):
+        assert asked["threads"] == torch.get_num_threads()
+        yield lambda todo: (
+            (key, work(*todo[key], threads=asked["threads"])) for key in sorted(todo, reverse=True)
+        )
+
+    monkeypatch.setattr(elsewhere, "runner", backwards)
+    away = replace(c, elsewhere=elsewhere.Elsewhere("local", partial(load_again, saved)))
+    assert bits(measure(away, loss=loss, resume=False)) == bits(alone)
+    with torch.no_grad():
+        away.model.lm_head.weight[3] += 1e-3
+    with pytest.raises(ModelError, match="other weights"):
+        measure(away, loss=loss, resume=False)
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_the_same_bits(tiny_folder, text_file, tmp_path, monkeypatch, run):
+    """`plan --ray` on a cluster of two nodes writes the file of curves that one process writes, and the same plan."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    asked = (
+        "plan", tiny_folder, "--sparsity", "0.5", "--allocator", "sensitivity", "--dtype", "fp32",
+        "--calibration-text", text_file, "--calibration-tokens", "1024",
+    )  # fmt: skip
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    assert run(*asked, "--curves", one, "-o", tmp_path / "one.json")[0] == 0
+    monkeypatch.setenv("ACTTAIL_CACHE", str(tmp_path / "another"))
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    try:
+        cluster.add_node(num_cpus=1)
+        code, _, err = run(
+            *asked, "--curves", two, "-o", tmp_path / "two.json", "--ray", cluster.address
+        )
+        assert code == 0, err
+    finally:
+        cluster.shutdown()
+    assert one.read_bytes() == two.read_bytes()
+    made = [json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two")]
+    assert made[0]["projections"] == made[1]["projections"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ((), "--ray: curves are what a cluster measures, and acttail needs none to be measured"),
+        (("--allocator", "sensitivity", "--device-map", "auto"), "leave out --device-map"),
+    ],
+)
+def test_what_a_cluster_has_no_part_in(run, tiny_folder, text_file, arguments, why):
+    pytest.importorskip("ray")
+    if "sensitivity" in arguments:
+        arguments = (*arguments, "--calibration-text", text_file)
+    code, _, err = run("plan", tiny_folder, "--sparsity", "0.5", "--ray", "local", *arguments)
+    assert code == 2
+    assert why in err

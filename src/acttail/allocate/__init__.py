@@ -12,6 +12,7 @@ from acttail.allocate.registry import (
     check_head,
     get,
     make_plan,
+    measures_curves,
     needs_text,
     with_curves,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "check_head",
     "get",
     "make_plan",
+    "measures_curves",
     "needs_text",
     "with_curves",
 ]

@@ -61,12 +61,25 @@ def needs_text(
         ActTailError: unknown allocator, argument or rule, or a rule the allocator does not go with.
     """
     row = get(allocator)
-    merged = row.arguments(arguments or {})
+    row.arguments(arguments or {})
     if selection_for(row, rule).calibrate is not None:
         return True
-    if row.needs is Needs.CURVES:
-        return not (merged["curves"] and Path(merged["curves"]).exists())
-    return row.needs is Needs.TEXT
+    return measures_curves(allocator, arguments) or row.needs is Needs.TEXT
+
+
+def measures_curves(allocator: str, arguments: Mapping[str, Any] | None = None) -> bool:
+    """Whether sensitivity curves will be measured for a plan: it is made of some, and no file has them.
+
+    Args:
+        allocator: its name.
+        arguments: overrides of its defaults.
+
+    Raises:
+        ActTailError: unknown allocator or argument.
+    """
+    row = get(allocator)
+    merged = row.arguments(arguments or {})
+    return row.needs is Needs.CURVES and not (merged["curves"] and Path(merged["curves"]).exists())
 
 
 def with_curves(

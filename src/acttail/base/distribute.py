@@ -33,21 +33,23 @@ def check_ray(address: str | None) -> None:
 
 @contextmanager
 def runner(
-    work: Callable[..., Any], *, jobs: int = 1, ray_address: str | None = None
-) -> Iterator[Runner]:
+    work: Callable[..., Any], *, jobs: int = 1, ray_address: str | None = None, threads: int = 1, memory: int = 0
+) -> Iterator[Runner]:  # fmt: skip
     """A function that runs `work` for each entry of {key: arguments} and yields (key, result) as they end.
 
     Args:
         work: called as ``work(*arguments, threads=n)``; a function of a module.
         jobs: processes on this machine, each with its share of the cores; 1 stays in this process, in
             the order given and with all threads (``threads=None``).
-        ray_address: ``auto``, ``local`` or an address; runs the work as Ray tasks of one core instead.
+        ray_address: ``auto``, ``local`` or an address; runs the work as Ray tasks instead.
+        threads: cores of such a task.
+        memory: bytes that Ray sets aside for one.
 
     Raises:
-        ActTailError: Ray was asked for and is not installed or not reached.
+        ActTailError: Ray was asked for and is not installed or not reached, or no machine of the cluster has so much.
     """
     if ray_address is not None:
-        with _ray(work, ray_address) as run:
+        with _ray(work, ray_address, threads, memory) as run:
             yield run
     elif jobs <= 1:
         yield lambda todo: (
@@ -125,18 +127,35 @@ def _check_reached(address: str) -> None:
 
 
 @contextmanager
-def _ray(work: Callable[..., Any], address: str) -> Iterator[Runner]:
+def _ray(work: Callable[..., Any], address: str, threads: int, memory: int) -> Iterator[Runner]:
     with connected(address):
-        yield _tasks(work)
+        _check_room(threads, memory)
+        yield _tasks(work, threads, memory)
 
 
-def _tasks(work: Callable[..., Any]) -> Runner:
+def _check_room(threads: int, memory: int) -> None:
+    """Refuse tasks that would wait for a machine for ever.
+
+    Raises:
+        ActTailError: none has the cores, or the memory.
+    """
     import ray
 
-    task = ray.remote(work)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(n.get("CPU", 0) >= threads and n.get("memory", 0) >= memory for n in nodes):
+        raise ActTailError(
+            f"no machine of the Ray cluster has {threads} cores and {memory / 2**30:.1f} GiB for a task; "
+            "give it a larger one, or this process fewer threads (OMP_NUM_THREADS)"
+        )
+
+
+def _tasks(work: Callable[..., Any], threads: int, memory: int) -> Runner:
+    import ray
+
+    task = ray.remote(work).options(num_cpus=threads, memory=memory)
 
     def distributed(todo: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
-        waiting = {task.remote(*arguments, threads=1): key for key, arguments in todo.items()}
+        waiting = {task.remote(*arguments, threads=threads): key for key, arguments in todo.items()}
         while waiting:
             ready, _ = ray.wait(list(waiting), num_returns=1)
             for reference in ready:

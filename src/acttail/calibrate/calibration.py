@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -13,6 +13,9 @@ from acttail.calibrate.text import Text, bos_of, tokenize, windows
 from acttail.errors import TextError
 from acttail.model.weights import LoadedWeights, input_device
 from acttail.plan import sketch
+
+if TYPE_CHECKING:
+    from acttail.calibrate.elsewhere import Elsewhere
 
 T = TypeVar("T")
 
@@ -32,6 +35,7 @@ class Calibration:
         window: tokens per window.
         seed: of everything random.
         progress: called with (done, total).
+        elsewhere: where curves are measured window by window, instead of in this process.
     """
 
     model: Any
@@ -41,6 +45,7 @@ class Calibration:
     window: int = 1024
     seed: int = 0
     progress: Progress | None = None
+    elsewhere: "Elsewhere | None" = None
     _results: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def batches(self) -> torch.Tensor:

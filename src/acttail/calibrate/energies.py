@@ -75,6 +75,7 @@ class EnergySums:
     """
 
     def __init__(self, d_in: Mapping[str, int], grid: Array, selection: str) -> None:
+        self._asked = d_in, grid, selection
         self._energies = SELECTIONS[selection]
         self.sums = {name: torch.zeros(len(grid), dtype=torch.float64) for name in d_in}
         # What the sums are relative to, where a loss is relative.
@@ -83,6 +84,16 @@ class EnergySums:
         self._dropped = {
             d: torch.tensor([d - kept_entries(s, d) for s in grid]) for d in set(d_in.values())
         }
+
+    def empty(self) -> "EnergySums":
+        """Sums of the same kind of nothing yet."""
+        return EnergySums(*self._asked)
+
+    def merge(self, part: "EnergySums") -> None:
+        """Add the sums of further tokens."""
+        for name, row in part.sums.items():
+            self.sums[name] += row
+            self.scale[name] += part.scale[name]
 
     def dropped(self, d_in: int) -> torch.Tensor:
         """[G] int64: entries dropped at each grid point."""

@@ -8,18 +8,19 @@ This file is the run over the text: windows, seeds, progress and resume. The mat
 :mod:`acttail.calibrate.energies`, the losses in :mod:`acttail.calibrate.losses`.
 """
 
+from contextlib import closing
+
 import numpy as np
-import torch
 
 from acttail.base.dtypes import name_of
 from acttail.calibrate.calibration import Calibration
 from acttail.calibrate.curves import Array, SensitivityCurves
+from acttail.calibrate.elsewhere import add_window, measured
 from acttail.calibrate.energies import SELECTIONS, EnergySums
 from acttail.calibrate.losses import LOSSES
 from acttail.calibrate.partial import PartialSums
 from acttail.errors import ActTailError
 from acttail.model.projections import find_all
-from acttail.model.weights import input_device
 
 
 def measure(
@@ -34,7 +35,8 @@ def measure(
 
     Memory is bounded by one block's activations plus one hidden state per block. After each window
     the sums are written to the cache; a run that was killed goes on from there and gives the same
-    result, for each window draws from a seed of its own.
+    result, for each window draws from a seed of its own. So does a Ray cluster that measures windows side by side
+    (:attr:`Calibration.elsewhere`).
 
     Args:
         calibration: model and text.
@@ -67,14 +69,22 @@ def measure(
         PartialSums(calibration.key("curves", loss, selection, tuple(grid))) if resume else None
     )
     first = partial.read(sums) if partial else 0
-    device = input_device(model)
-    for index in range(first, len(batches)):
-        generator = torch.Generator(device).manual_seed(calibration.seed * 1_000_003 + index)
-        row.step(model, batches[index : index + 1].to(device), generator, sums)
-        if partial:
-            partial.write(index + 1, sums)
-        if calibration.progress is not None:
-            calibration.progress(index + 1, len(batches))
+    windows = {
+        index: (batches[index : index + 1], calibration.seed * 1_000_003 + index)
+        for index in range(first, len(batches))
+    }
+    if calibration.elsewhere is None:
+        parts = (add_window(model, loss, ids, seed, sums.empty()) for ids, seed in windows.values())
+    else:
+        parts = measured(calibration.elsewhere, model, loss, windows, sums.empty())
+    # Window by window in their order, wherever each was measured: sums depend on how they are added up.
+    with closing(parts):
+        for index, part in zip(windows, parts, strict=True):
+            sums.merge(part)
+            if partial:
+                partial.write(index + 1, sums)
+            if calibration.progress is not None:
+                calibration.progress(index + 1, len(batches))
     # A loss with a scale is relative to it; the others are means over tokens.
     curves = {
         name: _monotone(total.numpy() / (sums.scale[name] or batches.numel()))

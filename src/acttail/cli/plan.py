@@ -88,6 +88,10 @@ def plan(
     ] = "auto",
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Measure curves on Ray: auto, local, or an address."),
+    ] = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="Write the plan here.")
     ] = None,
@@ -122,7 +126,7 @@ def plan(
             raise ActTailError("--from says itself whether the head is sparse: leave out --head")
         _check_from({
             "--allocator": allocator, "--rule": rule, "--set": set_, "--curves": curves,
-            "--calibration-text": calibration_text, "--read-share": read_share, "--speedup": speedup, "--device-map": device_map, "--max-memory": max_memory,
+            "--calibration-text": calibration_text, "--read-share": read_share, "--speedup": speedup, "--device-map": device_map, "--max-memory": max_memory, "--ray": ray,
         })  # fmt: skip
     if from_ is not None:
         made = _from_file(model, from_, sparsity)
@@ -136,7 +140,7 @@ def plan(
         request = request_of(
             sparsity=sparsity, read_share=read_share, speedup=speedup, engine=engine, max_loss=max_loss, max_kl=max_kl, allocator=allocator, rule=rule, head=in_budget,
             pairs=set_, curves=curves, text=calibration_text, tokens=calibration_tokens, dtype=dtype,
-            device_map=device_map, max_memory=max_memory,
+            device_map=device_map, max_memory=max_memory, ray=ray,
         )  # fmt: skip
         found = opened_plan(open_model(model), request, fresh=True)
         assert found is not None  # noqa: S101

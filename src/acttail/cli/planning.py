@@ -75,7 +75,7 @@ def request_of(
     *, sparsity: float | None = None, read_share: float | None = None, speedup: float | None = None,
     max_loss: float | None = None, max_kl: float | None = None, engine: "EngineConfig | None" = None, allocator: str | None = None, rule: str | None = None, head: bool | None = None, pairs: list[str] | None = None,
     curves: str | None = None, text: str | None = None, tokens: int = _TOKENS, dtype: str = FAST,
-    device_map: str | None = None, max_memory: str | None = None,
+    device_map: str | None = None, max_memory: str | None = None, ray: str | None = None,
 ) -> "PlanRequest":  # fmt: skip
     """Judge what a plan is to be.
 
@@ -96,6 +96,7 @@ def request_of(
         dtype: of the model that calibrates.
         device_map: of --device-map.
         max_memory: of --max-memory.
+        ray: of --ray.
 
     Raises:
         ActTailError: not one of the first five, or something is not valid; names the option.
@@ -138,6 +139,7 @@ def request_of(
             dtype,
             loading,
             engine or EngineConfig(),
+            ray,
         )
     if allocator is None:
         if sparsity == 0 and curves is None:
@@ -147,19 +149,42 @@ def request_of(
             allocator = FOR_QUALITY if by_quality else DEFAULT
     check_head(allocator, head)
     arguments = given_curves({allocator: settings(pairs)}, curves)[allocator]
+    check_curves_on_ray(ray, {allocator: arguments}, loading)
     calibrated = sees_text(allocator, arguments, rule) or any(
         v is not None for v in limits.values()
     )
     return PlanRequest(
         sparsity, max_loss, max_kl, allocator, arguments, rule, head,
         calibration_text(text, needed=calibrated), tokens, dtype, loading, read_share=read_share,
-        speedup=speedup, engine=engine or EngineConfig(),
+        speedup=speedup, engine=engine or EngineConfig(), ray=ray,
     )  # fmt: skip
+
+
+def check_curves_on_ray(
+    ray: str | None, allocators: dict[str, dict[str, Any]], loading: dict[str, Any]
+) -> None:
+    """Refuse a cluster where no curves will be measured, or on which the model is not loaded whole.
+
+    Raises:
+        ActTailError: says which, or that Ray is not installed.
+    """
+    from acttail.allocate import measures_curves
+    from acttail.base.distribute import check_ray
+
+    if ray is None:
+        return
+    check_ray(ray)
+    if not any(measures_curves(name, arguments) for name, arguments in allocators.items()):
+        raise ActTailError(
+            f"--ray: curves are what a cluster measures, and {', '.join(allocators)} needs none to be measured"
+        )
+    if loading:
+        raise ActTailError("--ray: each task loads the whole model: leave out --device-map")
 
 
 def _auto(
     budgets: dict[str, float | None], others: dict[str, Any], curves: str | None, text: str | None, tokens: int,
-    dtype: str, loading: dict[str, Any], engine: "EngineConfig",
+    dtype: str, loading: dict[str, Any], engine: "EngineConfig", ray: str | None,
 ) -> "PlanRequest":  # fmt: skip
     """Judge what is asked beside the choice of an allocator."""
     from acttail.evaluate.recommend import candidates
@@ -175,11 +200,13 @@ def _auto(
     if curves is not None and text is None:
         raise ActTailError("--curves: allocators are tried on text: give --calibration-text too")
     names = candidates(calibrated=text is not None)
-    given_curves({name: {} for name in names}, curves or None)  # judged before a model is opened
+    # Judged before a model is opened.
+    arguments = given_curves({name: {} for name in names}, curves or None)
+    check_curves_on_ray(ray, arguments, loading)
     return PlanRequest(
         budgets["--sparsity"], arguments={"curves": curves} if curves else {}, tokens=tokens, dtype=dtype, loading=loading,
         text=calibration_text(text, needed=False), candidates=names, read_share=budgets["--read-share"],
-        speedup=budgets["--speedup"], engine=engine,
+        speedup=budgets["--speedup"], engine=engine, ray=ray,
     )  # fmt: skip
 
 

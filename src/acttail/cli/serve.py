@@ -209,7 +209,7 @@ def serve(
             said = f"{runner.source}: {how}"
         else:
             with work("starting replicas"):
-                app = held.enter_context(endpoint_of(served, ray, bounds))
+                app = held.enter_context(endpoint_of(served, opened, ray, bounds))
             said = f"{options.name}: {bounds} on Ray ({ray})"
 
         def ready() -> None:

@@ -78,7 +78,9 @@ class Served:
 
 
 @contextmanager
-def endpoint_of(served: Served, ray: str, bounds: "Bounds") -> "Iterator[FastAPI]":
+def endpoint_of(
+    served: Served, opened: "Opened", ray: str, bounds: "Bounds"
+) -> "Iterator[FastAPI]":
     """One endpoint before replicas on a Ray cluster, which end with the context.
 
     Raises:
@@ -89,7 +91,7 @@ def endpoint_of(served: Served, ray: str, bounds: "Bounds") -> "Iterator[FastAPI
 
     # Keys, names and proxies are the endpoint's: no secret goes over the cluster.
     inner = replace(served.options, api_keys=(), hosts=None, proxies=(), origins=())
-    guarded = replace(served, options=inner)
+    guarded = replace(served, model=opened.findable, options=inner)
     with replicated(
         guarded.replica, address=ray, bounds=bounds, options=served.options, threads=served.threads
     ) as replicas:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from acttail.allocate import (
     needs_text,
 )
 from acttail.allocate.goal import Goal
-from acttail.base.dtypes import FAST
+from acttail.base.dtypes import FAST, name_of
 from acttail.base.progress import Progress
 from acttail.calibrate.calibration import Calibration
+from acttail.calibrate.elsewhere import Elsewhere
 from acttail.calibrate.selftext import sample_text
 from acttail.calibrate.text import Text
 from acttail.engine import kept_plans
@@ -46,7 +48,7 @@ from acttail.evaluate.recommend import (
     recommend,
 )
 from acttail.maths.budget import check_target
-from acttail.model.opened import Opened
+from acttail.model.opened import Opened, open_model
 from acttail.model.weights import LoadedWeights
 from acttail.plan import SparsityPlan
 from acttail.sparse.apply import densify_
@@ -84,6 +86,7 @@ class PlanRequest:
         engine: that decodes under the plan, whose bytes `read_share` counts and whose time `speedup`.
         candidates: allocators to try on held-out text, the best of which makes the plan (`allocator` stays None);
             of :func:`acttail.evaluate.recommend.candidates`.
+        ray: address of a Ray cluster that measures curves; the plan is the same.
 
     Raises:
         ActTailError: not one of the five, or an unknown allocator, argument or rule.
@@ -105,6 +108,7 @@ class PlanRequest:
     read_share: float | None = None
     speedup: float | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         budgets = (self.sparsity, self.read_share, self.speedup, self.max_loss, self.max_kl)
@@ -253,15 +257,22 @@ def make(model: Opened, request: PlanRequest, stages: Stages = silent) -> Reques
         lm, tokenizer = model.load(dtype=request.dtype, progress=progress, **request.loading)
     if sparse_state(lm) is not None:
         densify_(lm)  # what is measured is the model, not a plan that it carries
+    elsewhere = None
+    if request.ray is not None:
+        # Not "fast", which another machine may take for another dtype.
+        load = partial(_dense, model.findable, name_of(lm.dtype))
+        elsewhere = Elsewhere(request.ray, load)
     if request.candidates:
         assert goal is not None  # noqa: S101
-        return _chosen(lm, tokenizer, goal, request, stages)
+        return _chosen(lm, tokenizer, goal, request, stages, elsewhere)
     with stages("calibrating") as progress:
         text = request.text
         if text is None:
             tokens = request.tokens + (HELD_OUT_TOKENS if request.limit else 0)
             text = sample_text(lm, tokenizer, tokens=tokens, progress=progress)
-        calibration = Calibration(lm, tokenizer, text, tokens=request.tokens, progress=progress)
+        calibration = Calibration(
+            lm, tokenizer, text, tokens=request.tokens, progress=progress, elsewhere=elsewhere
+        )
         context = AllocationContext(LoadedWeights(lm), progress=progress, calibration=calibration)
         if request.limit is None:
             assert goal is not None  # noqa: S101
@@ -269,6 +280,14 @@ def make(model: Opened, request: PlanRequest, stages: Stages = silent) -> Reques
         metric, limit = request.limit
         quality = plan_for_quality(context, limit, metric=metric, **named)
     return RequestedPlan(quality.plan, quality)
+
+
+def _dense(name: str, dtype: str) -> Any:
+    """The dense model of a name, in whichever process."""
+    lm, _ = open_model(name).load(dtype=dtype)
+    if sparse_state(lm) is not None:
+        densify_(lm)
+    return lm
 
 
 def _goal(model: Opened, request: PlanRequest, stages: Stages) -> float | Goal | None:
@@ -293,8 +312,9 @@ def _takes_head(model: Opened, request: PlanRequest) -> bool:
 
 
 def _chosen(
-    lm: Any, tokenizer: Any, goal: float | Goal, request: PlanRequest, stages: Stages
-) -> RequestedPlan:
+    lm: Any, tokenizer: Any, goal: float | Goal, request: PlanRequest, stages: Stages,
+    elsewhere: Elsewhere | None,
+) -> RequestedPlan:  # fmt: skip
     """The plan of the candidate that costs least on text that none was calibrated on."""
     calibrated = any(needs_text(name) for name in request.candidates)
     text, size = request.text, {"tokens": request.tokens}
@@ -306,7 +326,9 @@ def _chosen(
             text = sample_text(lm, tokenizer, tokens=wanted, progress=progress)
     curves = {name: dict(request.arguments) for name in request.candidates if needs_text(name)}
     with stages("trying allocators") as progress:
-        calibration = Calibration(lm, tokenizer, text, progress=progress, **size)
+        calibration = Calibration(
+            lm, tokenizer, text, progress=progress, elsewhere=elsewhere, **size
+        )
         context = AllocationContext(LoadedWeights(lm), progress=progress, calibration=calibration)
         found = recommend(context, goal, request.candidates, arguments=curves, progress=progress)
     return RequestedPlan(found.best.plan, recommendation=found)

@@ -7,6 +7,7 @@ import copy
 import os
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class Opened:
     def name(self) -> str:
         """As written to plans and results."""
         return self.source.name
+
+    @property
+    def findable(self) -> str:
+        """What the user typed, for a process in another folder."""
+        return str(Path(self.asked).absolute()) if Path(self.asked).exists() else self.asked
 
     @cached_property
     def near(self) -> ModelSource:
