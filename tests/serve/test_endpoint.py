@@ -156,14 +156,22 @@ def test_nothing_is_lost_that_has_not_begun(url, here, stream, after):
 
 
 def test_a_stream_that_has_begun_ends_with_an_error(url, here):
-    here.lost = [3]
-    found = events(post(url, chat(stream=True)))
+    here.lost = [2]
+    found = events(post(url, chat(stream=True, max_tokens=500)))
     assert "[DONE]" not in found
     assert json.loads(found[-1])["error"]["message"].startswith(
         "the replica that answered was lost"
     )
     assert counted(url, "acttail_endpoint_broken_streams_total") == 1
     assert counted(url, "acttail_endpoint_retries_total") == 0
+
+
+def test_a_stream_that_has_said_all_is_whole(url, here):
+    """One token comes as one text, `[DONE]` with it; what is lost is the word that it was all."""
+    here.lost = [2]
+    found = events(post(url, chat(stream=True, max_tokens=0)))
+    assert found[-1] == "[DONE]"
+    assert counted(url, "acttail_endpoint_broken_streams_total") == 0
 
 
 def test_what_takes_replicas_down_is_not_tried_for_ever(url, here):

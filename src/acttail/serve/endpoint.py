@@ -32,6 +32,8 @@ _TRIES = 3
 _REPORT_SECONDS = 5.0
 # Beyond the waits that a replica keeps itself, for starting one and for the way there and back.
 _SLACK_SECONDS = 60.0
+# The end of a stream.
+_DONE = b"data: [DONE]\n\n"
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[Message]]
 _Send = Callable[[Message], Awaitable[None]]
@@ -263,6 +265,9 @@ class Forward:
                 raise _unavailable("the queue is full; try again") from None
             except ReplicaGoneError as error:
                 _LOG.warning("a replica was lost: %s", error)
+                if response.said:  # all but that it was all
+                    await response.send({"type": "http.response.body", "body": b""})
+                    return
                 if response.begun:
                     self._endpoint.metrics.broken.inc()
                     raise _unavailable("the replica that answered was lost; try again") from error
@@ -301,7 +306,7 @@ class _Begun:
 
     def __init__(self, send: _Send) -> None:
         self.send = send
-        self.begun = self.streams = False
+        self.begun = self.streams = self.said = False
         self._head: Message | None = None
 
     async def take(self, message: Message) -> None:
@@ -315,3 +320,4 @@ class _Begun:
             self.streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
             await self.send(self._head)
         await self.send(message)
+        self.said = self.streams and message.get("body", b"").endswith(_DONE)
