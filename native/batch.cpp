@@ -11,6 +11,11 @@ constexpr int64_t kHeadColumns = 16384;
 // Of a unit at least, where there are so many: two groups for each weight that memory gives.
 constexpr int64_t kUnitRows = 2 * kMostTogether;
 
+// Bytes of rows that one vector leaves in the caches for the next one. Where lists differ, vectors are then faster one
+// after the other, each with its own rows alone: eight of density 0.5 on a Zen 4 by 1.1 to 1.6 times, whatever the format,
+// where each has 0.4 to 2.6 MB of rows (with 7 MB int8 still gains, Q4_K of half of that loses).
+constexpr int64_t kNearBytes = int64_t{2} << 20;
+
 // Whether the lanes' parts are of the same columns, so that each can be read for all of them.
 bool alike(const Parts& a, const Parts& b) {
   if (a.end() - a.begin() != b.end() - b.begin()) return false;
@@ -23,6 +28,16 @@ bool alike(const Parts& a, const Parts& b) {
 Rows share(const Rows& rows, int64_t t, int64_t threads) {
   const int64_t first = rows.count * t / threads, last = rows.count * (t + 1) / threads;
   return {rows.index ? rows.index + first : nullptr, rows.x + first, last - first, rows.first + first};
+}
+
+// Whether vectors multiply a part one after the other.
+bool each_alone(const Part& part, const Rows* rows, int64_t count) {
+  int64_t most = 0, listed = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    listed += rows[i].index != nullptr && rows[i].count > 0;
+    most = std::max(most, rows[i].count);
+  }
+  return listed > 0 && most * (part.end - part.begin) * kFormatTraits[part.matrix->format].bits / 8 <= kNearBytes;
 }
 
 }  // namespace
@@ -165,6 +180,13 @@ void Batch::share_of(const Crew& crew, int t, const acttail_fused& fused, const 
     const Part& part = parts[0]->begin()[p];
     Rows rows[kMostTogether];
     for (int64_t i = 0; i < count; ++i) rows[i] = share(parts[i]->begin()[p].rows, t, threads);
+    if (each_alone(part, rows, count)) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (rows[i].count == 0) continue;
+        engine_.kernels.add_rows(*part.matrix, rows[i], part.begin, part.end, y + i * engine_.widest + part.at);
+      }
+      continue;
+    }
     engine_.kernels.add_rows_together(*part.matrix, rows, count, part.begin, part.end, y + part.at, engine_.widest,
                                       scratch_.data() + crew.thread * kTogetherScratch);
   }
