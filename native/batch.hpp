@@ -9,7 +9,7 @@
 
 namespace acttail {
 
-constexpr int64_t kMostRows = 64;  // of one pass
+constexpr int64_t kMostRows = 128;  // of one pass: a token each of 64 sequences, and prompts beside them
 
 // One token of a batch, and where it goes.
 struct Row {

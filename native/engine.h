@@ -194,9 +194,10 @@ ACTTAIL_API int acttail_engine_forward(struct acttail_engine* engine, struct act
                                        const int64_t* tokens, int64_t count, int all_logits,
                                        float* logits, double* read);
 
-// Run 1 to 64 tokens in one pass, which reads and unpacks each weight once for every eight of them: token i is the next
+// Run 1 to 128 tokens in one pass, which reads and unpacks each weight once for every eight of them: token i is the next
 // one of caches[i], where several are of one cache the next ones in order. Each gets, bit for bit, what it would get
-// alone. The engine keeps memory for as many as it has run so. logits[i] is [vocabulary] or null; read, if not null, receives how many weights each token would have read alone.
+// alone. The engine keeps memory for as many as it has run so. logits[i] is [vocabulary] or null; read, if not null,
+// receives how many weights each token would have read alone.
 ACTTAIL_API int acttail_engine_step(struct acttail_engine* engine, struct acttail_cache* const* caches,
                                     const int64_t* tokens, int64_t count, float* const* logits, double* read);
 

@@ -405,12 +405,12 @@ def test_sequences_do_not_disturb_each_other():
     [(False, "fp32", 0.5), (True, "fp32", 0.5)]
     + [(True, dtype, s) for dtype in ("bf16", "int8", "int4") for s in (None, 0.3, 0.5, 0.9)],
 )
-@pytest.mark.parametrize("copies", [1, 7])
+@pytest.mark.parametrize("copies", [1, 7, 15])
 def test_a_step_of_several_sequences_is_each_of_them_alone(native, dtype, sparsity, copies):
     model = lively("llama")
     plan = None if sparsity is None else make_plan(model, sparsity)
     engine = Engine.from_model(model, plan, dtype=dtype, native=native, threads=2)
-    # Of seven copies alone more than share one pass; prompts long and short, and two of one token.
+    # Of fifteen copies alone more than share one pass; prompts long and short, and two of one token.
     lengths = (3, 12, 1, 5, 2, 1, 4, 6, 3, 2) * copies
     prompts = [tokens(model, n, seed=i) for i, n in enumerate(lengths)]
 

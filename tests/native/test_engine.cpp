@@ -164,7 +164,7 @@ struct Load {
 
 // More rows than are multiplied at a time: of two groups, of units that threads take for themselves, together again for a
 // long prompt, on one thread.
-const std::vector<Load> kWide{{3, 8, 2}, {2, 30, 4}, {3, 61, 4}, {2, 58, 6}, {2, 2, 20}, {1, 61, 4}};
+const std::vector<Load> kWide{{3, 8, 2}, {2, 30, 4}, {3, 61, 4}, {2, 58, 6}, {2, 2, 20}, {1, 61, 4}, {2, 125, 4}};
 
 // Several tokens in one pass, some of one sequence, get bit for bit what each gets alone, and leave the same cache.
 void together(const Options& o, const std::vector<Load>& loads = {{1, 4, 4}, {3, 4, 4}}) {
@@ -232,7 +232,7 @@ void refused_batches() {
       acttail_cache_new(engine, nullptr, 4, &two) != ACTTAIL_OK) {
     std::abort();
   }
-  float* const none[65] = {};
+  float* const none[129] = {};
   const auto step = [&](std::vector<acttail_cache*> caches, std::vector<int64_t> tokens) {
     return acttail_engine_step(engine, caches.data(), tokens.data(), static_cast<int64_t>(tokens.size()), none, nullptr);
   };
@@ -240,7 +240,7 @@ void refused_batches() {
   expect(step({one, two}, {1, Decoder::vocabulary}) == ACTTAIL_BAD_ARGUMENT, "an unknown token in a batch", o);
   expect(step({one, nullptr}, {1, 2}) == ACTTAIL_BAD_ARGUMENT, "no cache in a batch", o);
   expect(step({}, {}) == ACTTAIL_BAD_ARGUMENT, "an empty batch", o);
-  expect(step(std::vector<acttail_cache*>(65, two), std::vector<int64_t>(65, 1)) == ACTTAIL_BAD_ARGUMENT, "65 rows", o);
+  expect(step(std::vector<acttail_cache*>(129, two), std::vector<int64_t>(129, 1)) == ACTTAIL_BAD_ARGUMENT, "129 rows", o);
   expect(acttail_cache_length(one) == 0 && acttail_cache_length(two) == 0, "a refused batch", o);
   expect(step({two, one, two}, {1, 2, 3}) == ACTTAIL_OK && acttail_cache_length(two) == 2, "a good batch", o);
   acttail_cache_free(one);

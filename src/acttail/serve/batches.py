@@ -80,8 +80,8 @@ def _filled(batch: Batch, rows: "deque[tuple[Job, torch.Tensor]]", full: int) ->
 
 def _begins_alike(job: Job, batch: Batch) -> bool:
     """Whether a prompt could share what one of a batch computes, and so had better wait for it."""
-    tokens = job.pending
-    return any(common_length(tokens, other) >= WORTH for _, other in batch)
+    held = 0 if job.sequence is None else job.sequence.length
+    return any(common_length(job.prompt, other.prompt) - held >= WORTH for other, _ in batch)
 
 
 def _look_again(job: Job, kept: PrefixCache) -> None:

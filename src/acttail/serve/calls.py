@@ -28,6 +28,8 @@ def _closing() -> ApiError:
 class Mailbox:
     """Hands events from the scheduler's thread to an event loop, all that there are at a wake-up.
 
+    A loop that was woken by each would take the interpreter from the thread that is still making the others of a turn.
+
     Args:
         loop: that takes them.
     """
@@ -38,9 +40,12 @@ class Mailbox:
         self._waking = False
 
     def put(self, queue: "asyncio.Queue[_Event]", event: _Event) -> None:
-        """Put an event into a queue of the loop, from any thread."""
+        """Put an event into a queue of the loop, from any thread; it is there after the next :meth:`wake`."""
         self._events.append((queue, event))
-        if not self._waking:
+
+    def wake(self) -> None:
+        """Have the loop deliver what was put, from any thread."""
+        if self._events and not self._waking:
             self._waking = True
             with suppress(RuntimeError):  # the loop has ended: nobody listens any more
                 self._loop.call_soon_threadsafe(self._deliver)

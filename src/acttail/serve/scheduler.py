@@ -43,6 +43,7 @@ class Scheduler:
         on_token: called with (job, seconds since its token before, or None for the first).
         on_preempted: called with a job that gave its memory up.
         on_drafts: called with (tokens drafted, of them kept), where a lossless engine drafts.
+        on_events: called after jobs have emitted something, once for all that come of a pass.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Scheduler:
         memory: KvMemory | None = None, on_token: Callable[[Job, float | None], None] | None = None,
         on_preempted: Callable[[Job], None] | None = None,
         on_drafts: Callable[[int, int], None] | None = None,
+        on_events: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._threads = threads
         self._kept = PrefixCache(_KEPT * slots if keep_prefixes else 0)
@@ -58,6 +60,7 @@ class Scheduler:
         self.slots, self.queue, self.per_client = slots, queue, per_client
         self.wait_seconds, self.run_seconds = wait_seconds, run_seconds
         self._on_token, self._on_preempted, self._on_drafts = on_token, on_preempted, on_drafts
+        self._on_events = on_events
         self._waiting = Line()
         # Those that run, in the order of their first start.
         self._active: list[Job] = []
@@ -139,6 +142,7 @@ class Scheduler:
                 self._give_up(job, outcome)
             self._admit()
             self._turn()
+            self._on_events()
 
     def _not_to_run(self, job: Job) -> bool:
         if job.cancelled or self._closes_at is not None:
@@ -226,6 +230,7 @@ class Scheduler:
                 continue
             for batch in batches(engine, prompts, decoding, self._kept):
                 self._step(engine, batch)
+                self._on_events()
             long += [job for job in prompts if job.in_prompt and is_long(job)]
         # One piece of one prompt, whoever else waits: first come, first served.
         if long:
@@ -243,6 +248,7 @@ class Scheduler:
                 noted = next(found, None)
                 if noted is not None:
                     self._note(job, *noted)
+                    self._on_events()
             except Exception as error:
                 self._end(job, error)
                 return True

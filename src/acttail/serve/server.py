@@ -92,19 +92,25 @@ class Server:
             raise ActTailError(
                 f"{limit} bytes of KV memory hold {self.most_tokens} tokens; give at least {2 * PAGE} (--kv-memory)"
             )
+        self._mailbox: tuple[asyncio.AbstractEventLoop, Mailbox] | None = None
         self.scheduler = Scheduler(
             slots=options.slots, queue=options.queue, per_client=options.per_client,
             wait_seconds=options.wait_seconds, run_seconds=options.run_seconds,
             threads=engine.threads,
             keep_prefixes=options.keep_prefixes, memory=KvMemory(limit, lambda: engine.kv_bytes),
             on_token=self.metrics.token, on_preempted=self.metrics.preempted, on_drafts=self.metrics.drafts,
+            on_events=self._deliver,
         )  # fmt: skip
         self.metrics.watch(self.scheduler)
         self.prompting = Prompting(
             engine, seconds=options.prompt_seconds, special_tokens=options.special_tokens
         )
         self.grammars = Grammars(engine)
-        self._mailbox: tuple[asyncio.AbstractEventLoop, Mailbox] | None = None
+
+    def _deliver(self) -> None:
+        """Hand on what jobs have emitted; called from the scheduler's thread."""
+        if self._mailbox is not None:
+            self._mailbox[1].wake()
 
     def _mail(self) -> Mailbox:
         """The mailbox of the loop that runs this."""

@@ -11,7 +11,7 @@ _pointer, _int, _i32, _i64, _f32 = (
     ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_int64, ctypes.c_float,
 )  # fmt: skip
 BAD_ARGUMENT = 1
-MOST_TOGETHER = 64  # tokens of one acttail_engine_step
+MOST_TOGETHER = 128  # tokens of one acttail_engine_step
 _REASONS = {BAD_ARGUMENT: "bad arguments", 2: "out of memory", 3: "the system refused a thread"}
 
 
