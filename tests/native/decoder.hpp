@@ -206,7 +206,7 @@ class Decoder {
     model.block = block_.data();
     model.rope = &rope_;
     model.embedding = model.head = packed_.back()->matrix;
-    model.final_norm = {norm_.data(), o.layer_norm ? shift_.data() : nullptr};
+    model.final_norm = {norm_.data(), o.layer_norm ? shift_.data() : nullptr, 0, 0};
     model.blocks = blocks;
     model.ropes = 1;
     model.hidden = hidden, model.heads = heads, model.kv_heads = kv_heads, model.head_dim = head_dim;
