@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.slow
 TOKENS = 400
+# Seconds after which something hangs, on a machine that has much else to do.
+_PATIENCE = 600
 _EOS = {"2": -100}
 
 
@@ -81,7 +83,7 @@ def served(cluster, folder, *arguments):
         yield found[1], process
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(_PATIENCE) == 0
 
 
 def replicas():
@@ -106,7 +108,7 @@ def body(content, **more):
 def counted(url, name):
     """Name of a replica -> what it counts; of the endpoint under an empty name."""
     found = {}
-    for line in httpx.get(f"{url}/metrics").text.splitlines():
+    for line in httpx.get(f"{url}/metrics", timeout=_PATIENCE).text.splitlines():
         if match := re.match(rf"{name}(?:{{(.*)}})? (\S+)$", line):
             labels = dict(re.findall(r'(\w+)="([^"]*)"', match[1] or ""))
             key = labels.get("replica", "")
@@ -127,7 +129,7 @@ class Load:
     def ask(self, i):
         asked = body(f"conversation {i}", stream=i % 2 == 0, max_tokens=self.tokens)
         address = f"{self.url}/v1/chat/completions"
-        with httpx.stream("POST", address, json=asked, timeout=120) as answer:
+        with httpx.stream("POST", address, json=asked, timeout=_PATIENCE) as answer:
             text = ""
             for part in answer.iter_text():
                 self.begun.add(i)
@@ -138,7 +140,7 @@ class Load:
     def result(self):
         """Of those whose answer is whole, and of those that broke off with an error."""
         for thread in self.threads:
-            thread.join(120)
+            thread.join(_PATIENCE)
         assert len(self.ended) == self.number
         whole, broken = set(), set()
         for i, (status, text) in self.ended.items():
@@ -158,7 +160,7 @@ class Load:
 def busiest(url):
     """The replica that runs most, once each has something to run."""
     while True:
-        found = httpx.get(f"{url}/health").json()["replicas"]
+        found = httpx.get(f"{url}/health", timeout=_PATIENCE).json()["replicas"]
         if len(found) == 2 and all(r["running"] == 2 and r["waiting"] for r in found):
             return max(found, key=lambda r: r["waiting"])["replica"]
         time.sleep(0.01)
@@ -182,8 +184,8 @@ def test_a_killed_replica_loses_nothing_that_has_not_begun(cluster, folder):
         assert sum(counted(url, "acttail_endpoint_retries_total").values()) >= 1
         assert counted(url, "acttail_endpoint_broken_streams_total")[""] == len(broken)
         assert begun <= whole | broken
-        deadline = time.monotonic() + 60
-        while len(now := httpx.get(f"{url}/health").json()["replicas"]) < 2:
+        deadline = time.monotonic() + _PATIENCE
+        while len(now := httpx.get(f"{url}/health", timeout=_PATIENCE).json()["replicas"]) < 2:
             assert time.monotonic() < deadline, now
             time.sleep(0.2)
         assert killed not in [r["replica"] for r in now]  # another has taken its place
@@ -193,7 +195,7 @@ def test_a_killed_replica_loses_nothing_that_has_not_begun(cluster, folder):
 def test_a_conversation_stays_and_others_spread(cluster, folder):
     with served(cluster, folder, "--replicas", "2") as (url, _):
         post = lambda **more: httpx.post(  # noqa: E731
-            f"{url}/v1/chat/completions", json=body("", **more), timeout=60
+            f"{url}/v1/chat/completions", json=body("", **more), timeout=_PATIENCE
         ).json()
         messages = [{"role": "user", "content": "hi"}]
         cached = []
@@ -219,14 +221,14 @@ def test_draining(cluster, folder):
         process.send_signal(signal.SIGTERM)
         whole, broken = load.result()
         assert (len(whole), len(broken)) == (6, 0)
-        assert process.wait(60) == 0
+        assert process.wait(_PATIENCE) == 0
     assert not replicas()
 
 
 def test_what_cannot_start_says_why(cluster, folder):
     def refused(*arguments):
         done = subprocess.run(
-            command(cluster, folder, *arguments), capture_output=True, text=True, timeout=120
+            command(cluster, folder, *arguments), capture_output=True, text=True, timeout=_PATIENCE
         )
         lines = [line for line in done.stderr.splitlines() if line.startswith("acttail: ")]
         assert done.returncode == 2
@@ -253,6 +255,6 @@ def test_a_machine_goes_away(cluster, folder):
         whole, broken = load.result()
         assert len(broken) <= 2
         assert whole | broken == set(range(24))
-        answer = httpx.get(f"{url}/health").json()
+        answer = httpx.get(f"{url}/health", timeout=_PATIENCE).json()
         assert len(answer["replicas"]) == 1
     assert not replicas()
