@@ -258,5 +258,5 @@ def test_a_machine_goes_away(cluster, folder):
         whole, broken = load.result()
         assert len(broken) <= 2
         assert whole | broken == set(range(24))
-        assert list(counted(url, "acttail_running")) == list(replicas())
+        assert len(counted(url, "acttail_running")) == 1
     assert not replicas()
