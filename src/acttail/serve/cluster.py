@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -192,8 +192,9 @@ def replicated(
         try:
             yield RayReplicas(_started(partial(make, cores), name, bounds, options, cores))
         finally:
-            # Ray Serve itself stays: others may have come to use it.
-            serve.delete(name)
+            # Ray Serve itself stays: others may have come to use it. It goes on deleting where that takes longer.
+            with suppress(TimeoutError):
+                serve.delete(name)
 
 
 def _started(
