@@ -115,7 +115,7 @@ def test_answers_as_a_single_server(url, engine):
 
 def test_a_stream_comes_token_by_token(url):
     seen = []
-    body = chat(stream=True, max_tokens=500)
+    body = chat(stream=True, max_tokens=2000)
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
         for line in answer.iter_lines():
             if line:
