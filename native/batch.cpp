@@ -176,27 +176,23 @@ void Batch::share_of(const Crew& crew, int t, const acttail_fused& fused, const 
     joint = joint && alike(*parts[0], *parts[i]);
   }
   const int64_t threads = engine_.pool.threads();
+  const auto add = [&](const Part& part, const Rows& rows, int64_t i) {
+    if (rows.count == 0) return;
+    engine_.kernels.add_rows(*part.matrix, rows, part.begin, part.end, y + i * engine_.widest + part.at);
+  };
   for (int64_t p = 0; joint && p < parts[0]->end() - parts[0]->begin(); ++p) {
     const Part& part = parts[0]->begin()[p];
     Rows rows[kMostTogether];
     for (int64_t i = 0; i < count; ++i) rows[i] = share(parts[i]->begin()[p].rows, t, threads);
     if (each_alone(part, rows, count)) {
-      for (int64_t i = 0; i < count; ++i) {
-        if (rows[i].count == 0) continue;
-        engine_.kernels.add_rows(*part.matrix, rows[i], part.begin, part.end, y + i * engine_.widest + part.at);
-      }
+      for (int64_t i = 0; i < count; ++i) add(part, rows[i], i);
       continue;
     }
     engine_.kernels.add_rows_together(*part.matrix, rows, count, part.begin, part.end, y + part.at, engine_.widest,
                                       scratch_.data() + crew.thread * kTogetherScratch);
   }
   for (int64_t i = 0; !joint && i < count; ++i) {
-    for (const Part& part : *parts[i]) {
-      const Rows rows = share(part.rows, t, threads);
-      if (rows.count > 0) {
-        engine_.kernels.add_rows(*part.matrix, rows, part.begin, part.end, y + i * engine_.widest + part.at);
-      }
-    }
+    for (const Part& part : *parts[i]) add(part, share(part.rows, t, threads), i);
   }
 }
 

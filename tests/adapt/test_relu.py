@@ -281,21 +281,16 @@ def test_refusals(arguments, said, run, text_file, tiny_folder, tmp_path):
     assert len(error.strip().splitlines()) == 1
 
 
+def _short(text_file, steps):
+    """Of a run that is over at once."""
+    return (
+        "--text", text_file, "--steps", steps, "--window", 32, "--held-out", 64, "--train", "norm",
+    )  # fmt: skip
+
+
 @native
 def test_the_command(run, text_file, tiny_folder, tmp_path):
-    arguments = (
-        "--text",
-        text_file,
-        "--steps",
-        2,
-        "--window",
-        32,
-        "--held-out",
-        64,
-        "--train",
-        "norm",
-        "--relu",
-    )
+    arguments = (*_short(text_file, 2), "--relu")
     code, out, error = run(
         "adapt", tiny_folder, *arguments, "stage2", "-o", tmp_path / "out", "--json"
     )
@@ -315,18 +310,7 @@ def test_the_command(run, text_file, tiny_folder, tmp_path):
 
 @native
 def test_an_acttail_folder_keeps_it(run, tiny_folder, text_file, tmp_path):
-    arguments = (
-        "--text",
-        text_file,
-        "--steps",
-        1,
-        "--window",
-        32,
-        "--held-out",
-        64,
-        "--train",
-        "norm",
-    )
+    arguments = _short(text_file, 1)
     assert run("adapt", tiny_folder, *arguments, "--relu", "stage2", "-o", tmp_path / "out")[0] == 0
     assert run("convert", tmp_path / "out", "--dtype", "fp32", "-o", tmp_path / "m.acttail")[0] == 0
     want, _ = acttail.load(tmp_path / "out")

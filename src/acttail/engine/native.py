@@ -149,8 +149,7 @@ class NativeDecoder:
     def _norm(self, name: str) -> Norm:
         found = (self.packed.tensors.get(n) for n in (name, f"{name}.bias"))
         weight, bias = (tensor.data_ptr() if tensor is not None else None for tensor in found)
-        role = name.rpartition(".")[2]
-        return Norm(weight, bias, int(role in self.packed.layout.spec.rectified))
+        return Norm(weight, bias, int(self.packed.layout.spec.rectifies(name)))
 
     def _segment(self, s: Segment, at: int) -> abi.Segment:
         """A projection whose matrix begins at column `at` of its stage."""

@@ -173,7 +173,7 @@ class Prefill:
             made = F.layer_norm(x.float(), width, weight, bias, eps).to(x.dtype)
         else:
             made = F.rms_norm(x.float(), width, weight, eps).to(x.dtype)
-        return made.relu() if name.rpartition(".")[2] in self.spec.rectified else made
+        return made.relu() if self.spec.rectifies(name) else made
 
     @staticmethod
     def _rope(

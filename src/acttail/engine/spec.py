@@ -160,6 +160,10 @@ class DecoderSpec:
     logit_scale: float = 1.0
     rectified: tuple[Name, ...] = ()
 
+    def rectifies(self, norm: str) -> bool:
+        """Whether ReLU follows a norm, named by its role at the end."""
+        return norm.rpartition(".")[2] in self.rectified
+
     def inner(self, block: int) -> int:
         """Features inside of a block's own MLP."""
         return self.blocks[block].inner or self.intermediate

@@ -11,7 +11,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from acttail._version import __version__
 from acttail.base.memory import give_back
@@ -20,7 +19,7 @@ from acttail.engine import Engine
 from acttail.errors import ActTailError
 from acttail.serve.completions import add_completions
 from acttail.serve.errors import ApiError
-from acttail.serve.limits import Counted, Gate
+from acttail.serve.guard import guard
 from acttail.serve.server import Options, Server
 
 _LOG = logging.getLogger("acttail.serve")
@@ -72,15 +71,7 @@ def create_app(
     _add_errors(app)
     _add_plain(app, server)
     add_completions(app, server)
-    app.add_middleware(
-        Gate, max_body=options.max_body, body_seconds=options.body_seconds, api_keys=options.api_keys,
-        hosts=options.hosts, proxies=options.proxies,
-    )  # fmt: skip
-    if options.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=options.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-        )  # fmt: skip
-    app.add_middleware(Counted, count=server.metrics.response)
+    guard(app, options, server.metrics.response)
     return app
 
 

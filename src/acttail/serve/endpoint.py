@@ -15,11 +15,11 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Metric, generate_latest
 from prometheus_client.samples import Sample
-from starlette.middleware.cors import CORSMiddleware
 
 from acttail._version import __version__
 from acttail.serve.errors import ApiError
-from acttail.serve.limits import CLIENT, Counted, Gate, respond
+from acttail.serve.guard import guard
+from acttail.serve.limits import CLIENT, respond
 from acttail.serve.metrics import path_label
 from acttail.serve.replica import Message, Report, plain_scope
 from acttail.serve.server import Options
@@ -193,15 +193,7 @@ def create_endpoint(replicas: Replicas, options: Options | None = None) -> FastA
 
     # Whatever else is asked for is asked of a replica.
     app.router.default = Forward(endpoint)
-    app.add_middleware(
-        Gate, max_body=options.max_body, body_seconds=options.body_seconds, api_keys=options.api_keys,
-        hosts=options.hosts, proxies=options.proxies,
-    )  # fmt: skip
-    if options.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=options.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-        )  # fmt: skip
-    app.add_middleware(Counted, count=endpoint.metrics.response)
+    guard(app, options, endpoint.metrics.response)
     return app
 
 
