@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from acttail.sparse.backends.abi import Matrix
 
 VERSION = 1
 _DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2, 0.1)
-# Sparse must be this much slower before the dense kernel is taken: below it is noise.
+# What the dense kernel's time counts against one: sparse must be this much slower, for less is noise.
 _MARGIN = 1.02
 # Copies of a matrix are spread over more memory than the caches hold.
 _SPREAD_BYTES = 64 << 20
@@ -137,7 +137,7 @@ def measure(shape: Shape) -> Crossover:
         return time.perf_counter() - started
 
     full = torch.randn(shape.rows, generator=generator)
-    ratios, crossover = {}, 1.0
+    ratios: dict[float, float] = {}
     dense: list[float] = []
     run(None, full)
     for density in _DENSITIES:
@@ -147,9 +147,26 @@ def measure(shape: Shape) -> Crossover:
         pairs = [(run(index, x), run(None, full)) for _ in range(_ROUNDS)]
         dense += [whole for _, whole in pairs]
         ratios[density] = statistics.median(part / whole for part, whole in pairs)
-        if ratios[density] > _MARGIN and density < 1:
-            crossover = density
-    return Crossover(shape, crossover, ratios, statistics.median(dense) / len(structs))
+    return Crossover(shape, crossing(ratios), ratios, statistics.median(dense) / len(structs))
+
+
+def crossing(ratios: Mapping[float, float]) -> float:
+    """From which density on the dense kernel costs least over all that were measured.
+
+    A single ratio that noise raised moves it only if what lies above loses too.
+
+    Args:
+        ratios: density -> time of sparse over dense. That of density 1 says nothing: no list is made there.
+
+    Returns:
+        One of the densities; 1 if sparse never loses.
+    """
+    best, lost, found = 0.0, 0.0, 1.0
+    for density in sorted((d for d in ratios if d < 1), reverse=True):
+        lost += ratios[density] - _MARGIN
+        if lost > best:
+            best, found = lost, density
+    return found
 
 
 def tune(shapes: Iterable[Shape], progress: Progress | None = None) -> list[Crossover]:
