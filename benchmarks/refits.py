@@ -139,7 +139,9 @@ class Bench:
         ids = tokenize(self.text, self.tokenizer)
         bos = bos_of(self.tokenizer)
         self.ids = windows(ids, WINDOW, args.fitted_tokens, None, bos, self.text.name)
-        after = self.tokenizer.decode(ids[args.fitted_tokens : args.fitted_tokens + 2 * args.tokens])
+        after = self.tokenizer.decode(
+            ids[args.fitted_tokens : args.fitted_tokens + 2 * args.tokens]
+        )
         self.texts = {
             "held-out": Text(f"{self.text.name}#after", after),
             "scored": read_text(args.text),
@@ -155,6 +157,7 @@ class Bench:
         self._fisher = None
 
     def linear(self, name):
+        """The module of a projection."""
         return self.model.get_submodule(self.projections[name].module)
 
     def score(self, plan):
@@ -167,6 +170,13 @@ class Bench:
                 )
                 for name, text in self.texts.items()
             }  # fmt: skip
+
+    def dense(self, name):
+        """Negative log-likelihood of the model as it is, dense, on a text."""
+        result = acttail.perplexity(
+            self.model, self.tokenizer, self.texts[name], tokens=self.tokens, window=WINDOW
+        )
+        return result.nll
 
     @property
     def fisher(self):
@@ -244,9 +254,11 @@ class Bench:
         return self.run(index, hidden, mask)[0]
 
     def put(self, name, weight):
+        """Give a projection a weight [d_in, d_out]."""
         self.linear(name).weight.copy_(weight.T)
 
     def restore(self):
+        """Give the model its own weights back."""
         for name, weight in self.original.items():
             self.linear(name).weight.copy_(weight)
 
@@ -315,7 +327,9 @@ def table(rows):
 def main():
     parser = options(__doc__, "model", "text", "calibration", "table", tokens=2048)
     parser.add_argument("--sparsity", default="0.5")
-    parser.add_argument("--fitted-tokens", type=int, default=4096, help="that weights are fitted on")
+    parser.add_argument(
+        "--fitted-tokens", type=int, default=4096, help="that weights are fitted on"
+    )
     parser.add_argument("--only", default="", help="these of: " + ", ".join(WAYS))
     parser.add_argument("--plans", type=Path, help="folder of plans made before")
     args = parser.parse_args()
