@@ -4,10 +4,11 @@ Every block's MLP may read as many bytes as the `sensitivity` plan gives it in i
 that plan's in all rows. Prox (arXiv 2607.27591) spends a share of them on a proxy: the largest entries of x through a
 four-bit copy of gate and up (the engine's int4, 4.63 bits), or through an imagined one of two bits (groups of 32, 2.63
 bits, fitted here by their range). The channels of largest |up * act(gate)| are then computed from all of x, by int8 gate and up, and
-only they enter down. The oracle ranks by the exact channels and pays nothing for it: no proxy can do better with this
-mask. `wina` ranks by |x| times the weight's column norm, each projection keeping as many as under TopK.
+only they enter down. The oracle ranks by the exact channels and pays nothing for it, which bounds what a proxy can give.
+`wina` ranks by |x| times the weight's column norm, each projection keeping as many as under TopK.
 
-The proxy's share is chosen on tokens of the calibration text; WikiText-2 test is scored beside. Appends to prox.csv.
+The proxy's share is chosen on tokens of the calibration text; WikiText-2 test is scored beside. Appends to
+prox.csv, skips what is there, and fills the table of docs/results.md.
 
     python benchmarks/prox.py [--model M] [--sparsity 0.6] [--plans FOLDER]
 """
@@ -15,7 +16,7 @@ The proxy's share is chosen on tokens of the calibration text; WikiText-2 test i
 from pathlib import Path
 
 import torch
-from common import On, Rows, label, options
+from common import On, Rows, fill, label, options
 from refits import GROUP, WINDOW, Bench, fitted, planned
 
 import acttail
@@ -33,7 +34,9 @@ BITS = {4: 4.625, 2: 2.625}
 PROX = {
     "oracle": (0, 0.0, 1.0),
     "oracle, half of x": (0, 0.0, 0.5),
+    "prox int4 0.15": (4, 0.15, 1.0),
     "prox int4 0.25": (4, 0.25, 1.0),
+    "prox int4 0.35": (4, 0.35, 1.0),
     "prox int4 0.5": (4, 0.5, 1.0),
     "prox int4 0.25, half of x": (4, 0.25, 0.5),
     "prox two bits 0.25": (2, 0.25, 1.0),
@@ -191,7 +194,7 @@ def main():
     rows = Rows("prox", args.out)
     if not args.table_only:
         measure(args, rows)
-    print(table(rows.all()))
+    fill(args.out, "docs/results.md", "prox", table(rows.all()))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ the dense model ("dense"), of the kept ones ("kept"), or of these, each token we
 there ("fisher"). Levels meet scales and minima that the native fit finds for a super-block when its turn comes.
 
 Fitted on the first tokens of WikiText-2 validation; scored on tokens after them, by which a ridge is chosen, and on
-WikiText-2 test. Projections alone; the head stays float32 under its own k. Appends to refits.csv and skips what is there.
+WikiText-2 test. Projections alone; the head stays float32 under its own k. Appends to refits.csv, skips what is there, and
+fills the table of docs/results.md.
 
     python benchmarks/refits.py [--model M] [--sparsity 0.5,0.6] [--only NAME,NAME] [--plans FOLDER]
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import On, Rows, label, options
+from common import On, Rows, fill, label, options
 
 import acttail
 from acttail.allocate import AllocationContext, make_plan
@@ -336,7 +337,7 @@ def main():
     rows = Rows("refits", args.out)
     if not args.table_only:
         measure(args, rows)
-    print(table(rows.all()))
+    fill(args.out, "docs/results.md", "refits", table(rows.all()))
 
 
 if __name__ == "__main__":
