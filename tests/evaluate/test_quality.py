@@ -56,8 +56,7 @@ def test_bad_limits():
 def test_refined_thresholds_realise_the_budget_on_the_calibration_text():
     model = tiny()
     context = context_of(model)
-    plan = make_plan(model, 0.5, allocator="refined", context=context)
-    assert plan.rule == "threshold"
+    plan = make_plan(model, 0.5, allocator="refined", rule="threshold", context=context)
     sparsify_(model, plan)
     result = perplexity(model, byte_tokenizer(), LONG, window=32, tokens=96)
     assert result.realised.model == pytest.approx(0.5, abs=0.03)

@@ -54,6 +54,8 @@ class Allocator:
         needs: what `allocate` looks at.
         rule: which entries stay, unless the user says otherwise: one that
             :data:`acttail.allocate.selection.SELECTIONS` can calibrate or, with `calibrate`, any.
+        otherwise: the rule taken instead of `rule` where that loses more on text that calibration has not seen,
+            unless the user asked for one; None takes `rule` unseen.
         fixed_rule: the rule is what the allocator is about: no other may be asked for.
         calibrate: the allocator's own step, (calibration, sparsities by name) -> further fields of the
             plan's entries; instead of the one its rule has.
@@ -68,6 +70,7 @@ class Allocator:
     allocate: Allocate
     needs: Needs = Needs.ENTRIES
     rule: RuleKind = TOPK
+    otherwise: RuleKind | None = None
     fixed_rule: bool = False
     calibrate: Calibrate | None = None
     head: bool = True

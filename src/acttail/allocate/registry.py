@@ -19,6 +19,7 @@ from acttail.allocate.theory import ENERGY, THEORY, THEORY_CAPACITY, THEORY_IMPO
 from acttail.base.progress import Progress
 from acttail.calibrate.calibration import Calibration
 from acttail.calibrate.curves import SensitivityCurves
+from acttail.calibrate.held_out import against_topk
 from acttail.errors import ActTailError
 from acttail.maths.budget import check_target
 from acttail.model.opened import as_weights
@@ -175,7 +176,8 @@ def make_plan(
         arguments: overrides of the rule's defaults.
         context: reuse the spectra and curves of an earlier call for the same model.
         rule: which entries stay: ``topk``, ``wina``, ``threshold`` or ``teal`` (thresholds by
-            TEAL's histograms; both need calibration); the allocator's own by default.
+            TEAL's histograms; both need calibration); the allocator's own by default, or what it takes otherwise
+            where text that calibration has not seen prefers that.
         calibration: a :class:`acttail.calibrate.calibration.Calibration`, for the calibrated rules.
         head: whether the output head takes part in the budget, at the cost of its weights: it then has a
             sparsity of its own, and S is the mean over projections and head. False leaves it dense; None
@@ -205,13 +207,13 @@ def make_plan(
     context = budgeted(context, allocator, head, merged)
     if selection.calibrate is not None:
         calibration_of(context)  # before the budget is solved, which may take minutes
-    notes: Mapping[str, str] = {}
+    notes: dict[str, str] = {}
     if isinstance(sparsity, Goal):
         priced = replace(context, prices=sparsity.costs(context.projections))
         allocation, cost = sparsity.meet(
             context.projections, lambda share: row.allocate(priced, share, merged)
         )
-        notes = sparsity.describe(cost)
+        notes |= sparsity.describe(cost)
     else:
         allocation = row.allocate(context, check_target(sparsity), merged)
     names = [p.name for p in context.projections]
@@ -219,6 +221,15 @@ def make_plan(
     extras = None
     if selection.calibrate is not None:
         extras = selection.calibrate(calibration_of(context), sparsities)
+        if row.otherwise is not None and rule is None and target != 0:
+            compared = against_topk(calibration_of(context), sparsities, extras)
+            pays = compared.thresholds < compared.topk
+            notes["rule"] = (
+                f"{(row.rule if pays else row.otherwise).name}: KL {compared.thresholds:.4f} under thresholds, "
+                f"{compared.topk:.4f} under TopK, on {compared.tokens:,} held-out tokens"
+            )
+            if not pays:
+                selection, extras = selection_for(row, row.otherwise.name), None
     return build_plan(
         context.weights,
         sparsities,

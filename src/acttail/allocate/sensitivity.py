@@ -15,7 +15,7 @@ from acttail.calibrate.curves import SensitivityCurves
 from acttail.calibrate.measure import measure
 from acttail.errors import PlanError
 from acttail.maths.curves import minimise
-from acttail.sparse.rules import THRESHOLD
+from acttail.sparse.rules import THRESHOLD, TOPK
 
 
 def allocate(
@@ -106,10 +106,11 @@ def _checked(
 
 DEFAULTS = {"loss": "fisher", "curves": ""}
 # Sparsity per token follows the token: under one threshold, tokens with large inputs keep more. On
-# held-out text this is worth 5-8 % of perplexity at equal realised sparsity (docs/log.md).
+# held-out text this is worth 5-8 % of perplexity on SmolLM2 from 0.5 on and loses elsewhere (docs/log.md),
+# so thresholds are kept only where they lose less than TopK.
 REFINED = Allocator(
-    "refined", "calibrated: sensitivity with per-token dynamic k under thresholds (a mean budget)",
-    DEFAULTS, allocate, needs=Needs.CURVES, rule=THRESHOLD, head_asked=head_measured,
+    "refined", "calibrated: sensitivity with per-token dynamic k under thresholds, where that loses less",
+    DEFAULTS, allocate, needs=Needs.CURVES, rule=THRESHOLD, otherwise=TOPK, head_asked=head_measured,
 )  # fmt: skip
 SENSITIVITY = Allocator(
     "sensitivity", "calibrated: least predicted loss from measured curves",
