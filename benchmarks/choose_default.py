@@ -1,10 +1,11 @@
-"""Which data-free rule should be the default? Evidence on calibration text only.
+"""Which data-free rule should be the default? Evidence on calibration text only, of several families of models.
 
-Scores every estimator x granularity x scale on text that no result is ever reported on: one half of Python's
+Scores estimator x granularity x scale on text that no result is ever reported on: one half of Python's
 documentation and, where it is there, WikiText-2 validation. Appends to choose_default.csv and skips what is
 there, so it can be stopped and resumed.
 
-    python benchmarks/choose_default.py [--tokens 8192]
+    python benchmarks/choose_default.py [--model smollm2-135m,gemma.gguf] [--sparsity 0.4,0.6] [--tokens 8192]
+    python benchmarks/choose_default.py --few    # the candidates that a second family is asked about
 """
 
 from common import CALIBRATION, On, Rows, label, options
@@ -12,6 +13,7 @@ from common import CALIBRATION, On, Rows, label, options
 import acttail
 from acttail.allocate import AllocationContext, make_plan
 from acttail.calibrate.text import read_text
+from acttail.evaluate.dense_logits import DenseLogits
 from acttail.model.weights import LoadedWeights
 
 PYTHON = "python-docs:calibration"
@@ -47,30 +49,61 @@ def candidates():
     yield "reversed", {"granularity": "within-block", "epsilon": 0.15}
 
 
+def few():
+    """What was worth asking a second family: uniform, and the rules that were near the best of the first."""
+    yield "uniform", {}
+    for estimator, scales in (
+        ("ks", (0.15, 0.1, 0.05, 0.2)), ("hill", (0.1, 0.05, 0.15)), ("farms", (0.1, 0.05)), ("peak", (0.1,)),
+    ):  # fmt: skip
+        for epsilon in scales:
+            yield (
+                "acttail",
+                {"estimator": estimator, "granularity": "within-block", "epsilon": epsilon},
+            )
+    for estimator in ("ks", "hill"):
+        yield "acttail", {"estimator": estimator, "granularity": "projection", "epsilon": -0.1}
+
+
 def main():
-    args = options(__doc__, "model", tokens=8192).parse_args()
+    parser = options(__doc__, "model", tokens=8192)
+    parser.add_argument("--sparsity", default="0.6,0.7")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--few", action="store_true", help="fewer candidates")
+    args = parser.parse_args()
     rows = Rows("choose_default", args.out)
-    model, tokenizer = acttail.load(args.model, dtype="bfloat16")
+    for name in args.model.split(","):
+        measure(name, args, rows)
+
+
+def measure(name, args, rows):
+    model, tokenizer = acttail.load(name, dtype="bfloat16")
     context = AllocationContext(LoadedWeights(model))
-    for sparsity in (0.6, 0.7):
-        for corpus, place in TEXTS.items():
-            text = read_text(place)
-            on = On(label(args.model), text.name)
-            done = rows.done(on, "allocator", "arguments", "sparsity")
-            for allocator, arguments in candidates():
-                if (allocator, str(arguments), str(sparsity)) in done:
+    for corpus, place in TEXTS.items():
+        text = read_text(place)
+        on = On(label(name), text.name)
+        protocol = (str(args.tokens // args.window * args.window), str(args.window))
+        keys = ("allocator", "arguments", "sparsity", "tokens", "window")
+        done = rows.done(on, *keys)
+        dense = DenseLogits()
+        for sparsity in map(float, args.sparsity.split(",")):
+            for allocator, arguments in few() if args.few else candidates():
+                if (allocator, str(arguments), str(sparsity), *protocol) in done:
                     continue
                 plan = make_plan(
                     model, sparsity, allocator=allocator, arguments=arguments, context=context
                 )
                 acttail.sparsify_(model, plan, check_contents=False)
-                result = acttail.perplexity(model, tokenizer, text, tokens=args.tokens)
+                result = acttail.perplexity(
+                    model, tokenizer, text, tokens=args.tokens, window=args.window,
+                    metrics=("perplexity", "kl"), dense_logits=dense,
+                )  # fmt: skip
                 acttail.densify_(model)
                 rows.append({
                     "corpus": corpus, "allocator": allocator, "arguments": str(arguments), "sparsity": sparsity,
                     "realised_sparsity": round(result.realised.model, 5),
                     "perplexity": round(result.perplexity, 4),
                     "perplexity_stderr": round(result.perplexity_stderr, 4),
+                    "kl": round(result.kl, 5), "kl_stderr": round(result.kl_stderr, 5),
                     "tokens": result.tokens, "window": result.window, "dtype": result.dtype,
                 }, on)  # fmt: skip
 
