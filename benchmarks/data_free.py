@@ -19,9 +19,11 @@ from acttail.maths.losses import clustered_mean
 from acttail.model.weights import LoadedWeights
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.7)
+# The rows were measured while this fit was the default; it is named, so that they can be measured again.
+FIT = {"estimator": "ks", "epsilon": 0.15}
 ALLOCATORS = {
-    "uniform": {}, "acttail": {}, "theory-capacity": {}, "theory-importance": {}, "depth": {},
-    "permuted": {}, "reversed": {}, "per-type": {}, "energy": {},
+    "uniform": {}, "acttail": FIT, "theory-capacity": {}, "theory-importance": {}, "depth": {},
+    "permuted": FIT, "reversed": FIT, "per-type": {}, "energy": {},
 }  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def readme_table(latest) -> str:
     ]
     for name, shown in (
         ("uniform", "uniform TopK"),
-        ("acttail", "acttail (default)"),
+        ("acttail", "acttail (`ks`, ε = 0.15)"),
         ("depth", "control: depth"),
     ):
         lines.append(f"| {shown} | " + " | ".join(cell(name, s) for s in SPARSITIES) + " |")

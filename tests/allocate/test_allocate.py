@@ -105,7 +105,7 @@ def test_signs(llama):
         ({"granularity": "projection"}, 1),
         ({"granularity": "within-block"}, -1),
     ):
-        plan = make_plan(llama, 0.5, arguments={**arguments, "epsilon": 0.1})
+        plan = make_plan(llama, 0.5, arguments={**arguments, "estimator": "ks", "epsilon": 0.1})
         s = np.array([p.sparsity for p in plan.projections.values()])
         alphas = context.alphas("ks")
         x = alphas if sign > 0 else alphas - block_means(alphas, context.blocks)
