@@ -1,0 +1,48 @@
+"""LangChain's client of OpenAI servers: what it sends and reads on top of the official client."""
+
+import openai
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_openai import ChatOpenAI
+from serving import NAME
+
+
+def chat(url, **options):
+    return ChatOpenAI(
+        base_url=f"{url}/v1", api_key="none", model=NAME, temperature=0, max_retries=0, **options
+    )
+
+
+def test_a_call_gives_what_the_engine_generates(engine, url):
+    answer = chat(url, max_tokens=8).invoke([HumanMessage("The quick brown fox")])
+    messages = [{"role": "user", "content": "The quick brown fox"}]
+    expected = engine.generate(engine.encode_chat(messages), max_new_tokens=8)
+    assert answer.content == expected.text
+    assert answer.usage_metadata["output_tokens"] == 8
+    assert answer.response_metadata["finish_reason"] == "length"
+
+
+def test_a_stream_is_the_call_in_pieces(url):
+    model = chat(url, max_tokens=8, stream_usage=True)
+    messages = [HumanMessage("one"), AIMessage("two"), HumanMessage("three")]
+    pieces = list(model.stream(messages))
+    assert len(pieces) > 2
+    assert "".join(p.content for p in pieces) == model.invoke(messages).content
+    assert sum(p.usage_metadata["output_tokens"] for p in pieces if p.usage_metadata) == 8
+
+
+def test_structured_output_is_what_the_schema_says(url):
+    schema = {
+        "title": "answer", "type": "object", "additionalProperties": False,
+        "properties": {"yes": {"type": "boolean"}}, "required": ["yes"],
+    }  # fmt: skip
+    model = chat(url, max_tokens=40).with_structured_output(schema, method="json_schema")
+    found = model.invoke("Is water wet?")
+    assert set(found) == {"yes"}
+    assert isinstance(found["yes"], bool)
+
+
+def test_tools_are_refused_by_name(url):
+    tool = {"name": "weather", "description": "of a place", "parameters": {"type": "object"}}
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        chat(url).bind_tools([tool]).invoke("What is the weather?")
