@@ -83,7 +83,8 @@ def test_nobody_notices_who_comes_and_goes(engine, dense):
         )
     (alone, plain), *_, (last, beside), (end, rest) = seen
     assert plain == 0 < alone <= last < end
-    assert beside == rest > 20
+    # The pass in which the last of the others ends may be counted after its end is told.
+    assert 20 < beside <= rest <= beside + 1
 
 
 def test_many_at_once_take_plain_passes(engine, dense):
