@@ -83,7 +83,7 @@ def test_nobody_notices_who_comes_and_goes(engine, dense):
         )
     (alone, plain), *_, (last, beside), (end, rest) = seen
     assert plain == 0 < alone <= last < end
-    # The pass in which the last of the others ends may be counted after its end is told.
+    # Alone again it drafts, but for its last token where that is the only one left: there is no room for a draft.
     assert 20 < beside <= rest <= beside + 1
 
 
