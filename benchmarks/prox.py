@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 from common import On, Rows, fill, label, options
-from refits import GROUP, WINDOW, Bench, fitted, planned
+from refits import GROUP, WINDOW, Bench, columns, fitted, planned
 
-import acttail
 from acttail.calibrate.probe import probing
 from acttail.calibrate.text import read_text
 from acttail.engine.packing import pack, unpack
@@ -117,18 +116,6 @@ class Wina:
         return x * (topk_mask(x * self.norms[name], self.k[name]) != 0)
 
 
-def probed(bench, probe):
-    """Text -> result, for dense logits that are held already."""
-    with probing(bench.model, probe, head=True):
-        return {
-            name: acttail.perplexity(
-                bench.model, bench.tokenizer, text, tokens=bench.tokens, window=WINDOW,
-                metrics=("perplexity", "kl", "top1"), dense_logits=bench.logits[name],
-            )
-            for name, text in bench.texts.items()
-        }  # fmt: skip
-
-
 def measure(args, rows):
     only = args.only.split(";") if args.only else ["topk", "wina", *PROX]
     on = On(label(args.model), read_text(args.text).name, read_text(args.calibration).name)
@@ -148,17 +135,15 @@ def measure(args, rows):
             if name == "topk":
                 result = bench.score(plan)
             elif name == "wina":
-                result = probed(bench, Wina(bench, plan))
+                result = bench.score_under(probing(bench.model, Wina(bench, plan), head=True))
             else:
                 with torch.no_grad():
                     mask = Mask(bench, plan, *PROX[name])
-                result = probed(bench, mask)
+                result = bench.score_under(probing(bench.model, mask, head=True))
             for part, found in result.items():
                 rows.append({
                     "part": part, "sparsity": sparsity, "mask": name, "tokens": found.tokens, "window": WINDOW,
-                    "nll_dense": round(dense[part], 5), "perplexity": round(found.perplexity, 4),
-                    "nll": round(found.nll, 5), "kl": round(found.kl, 5), "kl_stderr": round(found.kl_stderr or 0, 5),
-                    "top1": round(found.top1, 4),
+                    "nll_dense": round(dense[part], 5), **columns(found),
                 }, On(on.model, bench.texts[part].name, on.calibration))  # fmt: skip
         with torch.no_grad():
             bench.restore()

@@ -163,7 +163,11 @@ class Bench:
 
     def score(self, plan):
         """Text -> result under a plan with the weights as they are."""
-        with sparsified(self.model, plan):
+        return self.score_under(sparsified(self.model, plan))
+
+    def score_under(self, running):
+        """Text -> result while a context manager says what the model runs under."""
+        with running:
             return {
                 name: acttail.perplexity(
                     self.model, self.tokenizer, text, tokens=self.tokens, window=WINDOW,
@@ -276,6 +280,14 @@ def planned(bench, args, sparsity):
     return make_plan(bench.model, float(sparsity), allocator="sensitivity", context=context)
 
 
+def columns(found):
+    """What a row says of a result of :meth:`Bench.score`."""
+    return {
+        "perplexity": round(found.perplexity, 4), "nll": round(found.nll, 5), "kl": round(found.kl, 5),
+        "kl_stderr": round(found.kl_stderr or 0, 5), "top1": round(found.top1, 4),
+    }  # fmt: skip
+
+
 def measure(args, rows):
     bench, only = None, args.only.split(",") if args.only else list(WAYS)
     on = On(label(args.model), read_text(args.text).name, read_text(args.calibration).name)
@@ -296,9 +308,7 @@ def measure(args, rows):
                 rows.append({
                     "part": part, "sparsity": sparsity, "way": name, "fitted_tokens": bench.ids.numel(),
                     "cpu_seconds": round(seconds), "tokens": found.tokens, "window": WINDOW,
-                    "realised_sparsity": round(found.realised.model, 5), "perplexity": round(found.perplexity, 4),
-                    "nll": round(found.nll, 5), "kl": round(found.kl, 5), "kl_stderr": round(found.kl_stderr or 0, 5),
-                    "top1": round(found.top1, 4),
+                    "realised_sparsity": round(found.realised.model, 5), **columns(found),
                 }, On(on.model, bench.texts[part].name, on.calibration))  # fmt: skip
             with torch.no_grad():
                 bench.restore()
