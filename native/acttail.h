@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised by one whenever a signature below changes.
-#define ACTTAIL_ABI 14
+#define ACTTAIL_ABI 15
 
 enum acttail_status {
   ACTTAIL_OK = 0,

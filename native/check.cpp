@@ -115,7 +115,8 @@ bool runnable(const acttail_model& m) {
                      within(m.intermediate, kMost / 2) && within(m.vocabulary, kMost);
   if (!sized || m.block == nullptr || (m.rope == nullptr && m.ropes > 0) || m.kv_format < 0 ||
       m.kv_format >= kKvFormats || m.activation < ACTTAIL_SILU || m.activation > ACTTAIL_RELU ||
-      !table(m.embedding, m) || !projected(m) || (m.head_input.matrices == 0 && !table(m.head, m)) ||
+      !projected(m) || (m.embedding.data == nullptr ? m.head_input.matrices == 0 : !table(m.embedding, m)) ||
+      (m.head_input.matrices == 0 && !table(m.head, m)) ||
       !runnable(m.final_norm, m, true) || (m.position != nullptr && !within(m.positions, kMost))) {
     return false;
   }

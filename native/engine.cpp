@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "batch.hpp"
+#include "gather.hpp"
 
 namespace acttail {
 
@@ -175,7 +176,12 @@ void acttail_engine::add_visit(const acttail::Visit& visit, bool first, acttail:
 }
 
 void acttail_engine::embed(int64_t token, int64_t position, std::vector<float>& stream) const {
-  kernels.decode_dot_row(model.embedding, token, stream.data());
+  if (model.embedding.data != nullptr) {
+    kernels.decode_dot_row(model.embedding, token, stream.data());
+  } else {
+    // Every thread for itself, as with a row: what the first has waited for the others find in a cache that they share.
+    acttail::gather_column(model.head_input.matrix[0], token, stream.data());
+  }
   if (model.embedding_scale != 1.0f) {
     for (auto& v : stream) v *= model.embedding_scale;
   }

@@ -120,7 +120,9 @@ struct acttail_rope {
 struct acttail_model {
   const struct acttail_block* block;
   const struct acttail_rope* rope;
-  struct acttail_matrix embedding;  // output-major [vocabulary][hidden]
+  // Output-major [vocabulary][hidden]. Without data: the columns of head_input's matrix are the embeddings, which are tied
+  // to the head.
+  struct acttail_matrix embedding;
   struct acttail_matrix head;       // output-major [vocabulary][hidden]; not read if head_input has a matrix
   // The output head as a projection of one segment. With a matrix, input-major [hidden][vocabulary]: kept
   // rows alone are read. Without one, only the selection: `head` is read whole, on the input masked by it. No
@@ -205,6 +207,9 @@ ACTTAIL_API int acttail_engine_step(struct acttail_engine* engine, struct acttai
 // [last - first][end - begin].
 ACTTAIL_API int acttail_decode_rows(const struct acttail_matrix* m, int64_t first, int64_t last,
                                     int64_t begin, int64_t end, int as_float, void* out, int threads);
+// Columns of an input-major matrix as fp32: out[i] is column columns[i], [count][rows].
+ACTTAIL_API int acttail_gather_columns(const struct acttail_matrix* m, const int64_t* columns, int64_t count, float* out,
+                                       int threads);
 // y[b][j] += sum over the kept rows for 1 to 8 vectors that keep the same ones; see kernels.def. x is
 // [count][batch], y[b] begins `stride` entries after y[b - 1].
 ACTTAIL_API int acttail_add_rows(const struct acttail_matrix* m, const int32_t* index, const float* x,

@@ -10,7 +10,7 @@ Share
 Bytes
     What lies in memory, so padding is counted. Of the rows of a matrix the share that is read; its scales
     and minima whole, for hardly a group of inputs is without one that is kept; the head whole; and what
-    little else a token meets (norms, biases, routers, its own row of the embedding). The KV cache counts
+    little else a token meets (norms, biases, routers, its own embedding). The KV cache counts
     apart: keys and values of every position, with their scales.
 """
 
@@ -21,11 +21,14 @@ from fractions import Fraction
 from typing import Any
 
 from acttail.engine.formats import KvFormat
-from acttail.engine.layout import HEAD_MATRIX, Layout
+from acttail.engine.layout import EMBEDDING, HEAD_MATRIX, Layout
 from acttail.engine.spec import DecoderSpec
 from acttail.engine.store import Packed
 from acttail.model.weights import LoadedWeights
 from acttail.plan import SparsityPlan
+
+# Bytes of a cache line, the least that is read of memory.
+_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class TokenBytes:
         sparse: under the plan; equal to `dense` without one.
         projections: the projections' part of `dense`, a routed expert weighted by how often it runs.
         lm_head: the output head's part of `dense`; without rows of its own it is read whole in both.
-        other: norms, biases, routers and one row of each embedding table, read whole in both.
+        other: norms, biases, routers and one token's embedding, read whole in both.
     """
 
     dense: int
@@ -145,7 +148,7 @@ def packed_bytes(
 
 
 def other_bytes(layout: Layout, sizes: Mapping[str, int]) -> int:
-    """Bytes that a token reads beside the matrices: norms, biases and its own row of the embedding.
+    """Bytes that a token reads beside the matrices: norms, biases and its own embedding.
 
     Args:
         layout: of the packed model.
@@ -154,9 +157,16 @@ def other_bytes(layout: Layout, sizes: Mapping[str, int]) -> int:
     held = {
         f"{name}.{suffix}" for name, shape in layout.shapes.items() for suffix in shape.tensors()
     }
-    embedding = layout.shapes["embedding"]
     small = sum(size for name, size in sizes.items() if name not in held)
-    return small + embedding.bytes // embedding.rows
+    return small + embedding_bytes(layout)
+
+
+def embedding_bytes(layout: Layout) -> int:
+    """Bytes that a token reads of its embedding: a row of the table, or a line of memory for each number of a column."""
+    if not layout.gathered:
+        table = layout.shapes[EMBEDDING]
+        return table.bytes // table.rows
+    return _LINE * sum(rows for _, (rows, _) in layout.head_shape.tensors().values())
 
 
 def projection_bytes(layout: Layout) -> dict[str, tuple[float, float]]:

@@ -16,6 +16,7 @@ from acttail.engine.blocks import padded
 from acttail.engine.config import EngineConfig
 from acttail.engine.formats import DEFAULT, Format, format_of_kind, projection_format, weight_format
 from acttail.engine.layout import (
+    EMBEDDING,
     HEAD_BIAS,
     HEAD_MATRIX,
     POSITIONS,
@@ -88,15 +89,17 @@ class Conversion:
             for n, (own, group, members) in enumerate(self._by_format(stage)):
                 name = f"{stage.name}.{n}" if n else stage.name
                 shapes[name], segments[name] = self._laid_out(members, own, group)
-        # Of the embedding a token reads one row, whatever the head does: a head with rows of its own, which
-        # is there twice if it is tied, costs memory, but no time.
         table = shape_for(
             head.name, spec.hidden, spec.vocabulary, group=head.head_group, output_major=True
         )
-        shapes["embedding"] = table
-        if self._sparse_head():
+        tied, by_inputs = spec.head == spec.embedding, self._sparse_head()
+        # Tied weights are kept once: a column of them costs a line of memory for each input, some ten microseconds, where the
+        # table would be as large as the head.
+        if not (tied and by_inputs):
+            shapes[EMBEDDING] = table
+        if by_inputs:
             shapes[HEAD_MATRIX], segments[HEAD_MATRIX] = self._head_by_inputs(head)
-        elif spec.head != spec.embedding:
+        elif not tied:
             shapes[HEAD_MATRIX] = table
         default = config.weights.name
         if config.own_widths:
@@ -332,7 +335,7 @@ class Conversion:
     def _write(self, name: str, shape: Shape, into: dict[str, torch.Tensor]) -> None:
         """Fill the tensors of one matrix."""
         if name not in self.layout.segments:
-            self._table(self.spec.embedding if name == "embedding" else self.spec.head, shape, into)
+            self._table(self.spec.embedding if name == EMBEDDING else self.spec.head, shape, into)
             return
         for s in self.layout.segments[name]:
             projection = self.by_name[s.name]

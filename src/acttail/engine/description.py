@@ -12,7 +12,7 @@ from acttail.engine.blocks import padded
 from acttail.engine.families import FAMILIES, Family
 from acttail.engine.families.family import EXPERT
 from acttail.engine.formats import stored_format
-from acttail.engine.layout import HEAD_MATRIX, READ, Layout, Segment, Stage
+from acttail.engine.layout import EMBEDDING, HEAD_MATRIX, READ, Layout, Segment, Stage
 from acttail.engine.shapes import Shape
 from acttail.engine.spec import RECTIFIED, DecoderSpec, ExpertsSpec
 from acttail.errors import ActTailError
@@ -150,7 +150,7 @@ def _check_stages(layout: Layout) -> None:
     strange = next((name for name in layout.segments if name not in known), None)
     if strange is not None:
         _refuse(f"it has {strange}, which is in no block")
-    strange = next((n for n in layout.shapes if n not in known | {HEAD_MATRIX, "embedding"}), None)
+    strange = next((n for n in layout.shapes if n not in known | {HEAD_MATRIX, EMBEDDING}), None)
     if strange is not None:
         _refuse(f"it has {strange}, which nothing reads")
 
@@ -181,9 +181,11 @@ def _check_members(spec: DecoderSpec, stage: Stage, there: list[Segment]) -> Non
 
 
 def _check_tables(layout: Layout) -> None:
-    """The embedding, and a head of its own that is kept by outputs."""
+    """The embedding, unless it is tied to a head that is input-major, and a head of its own that is kept by outputs."""
     spec = layout.spec
-    tables = {"embedding"} | ({HEAD_MATRIX} & layout.shapes.keys()) - layout.segments.keys()
+    tables = {EMBEDDING} | ({HEAD_MATRIX} & layout.shapes.keys()) - layout.segments.keys()
+    if layout.gathered and spec.head == spec.embedding and HEAD_MATRIX in layout.segments:
+        tables.discard(EMBEDDING)
     for name in sorted(tables):
         shape = layout.shapes.get(name)
         if shape is None:

@@ -22,10 +22,13 @@ from acttail.engine.spec import DecoderSpec
 # 3: blocks of Q4_K may end short and have scales of seven bits, as int4 does. Folders of before have int4 in groups.
 # 4: blocks may have experts. Folders of before have none.
 # 5: norms may have ReLU after them. Folders of before have none.
-VERSION = 5
-READ = (1, 2, 3, 4, VERSION)
-# The output head's matrix; a head that is the embedding read by outputs has none.
+# 6: an embedding tied to an input-major head has no table beside it. Folders of before have both.
+VERSION = 6
+READ = (1, 2, 3, 4, 5, VERSION)
+# The output head's matrix, and the embedding's table. Where they are tied there is one of them: the table, read by outputs as
+# the head, or an input-major head, of which an embedding is one column.
 HEAD_MATRIX = "head"
+EMBEDDING = "embedding"
 # float32 tables that a few families have: of learned positions, and of the head.
 POSITIONS, HEAD_BIAS = "positions", "head_bias"
 # Which projections are put side by side, the stages of a block: those that read one vector.
@@ -126,7 +129,8 @@ class Layout:
         dtype: the default of the projections; each shape has its own.
         head_dtype: of the embedding and the output head.
         source: name of the model it was made from.
-        shapes: matrix name -> its shape; ``blocks.3.qkv``, ``embedding``, ``head``.
+        shapes: matrix name -> its shape; ``blocks.3.qkv``, ``embedding``, ``head``. An input-major head that the
+            embedding is tied to is both, without an ``embedding``.
         segments: fused matrix name -> its projections, in the order of their columns. What reads one vector is
             a stage: one matrix, or one for each format among its projections, ``blocks.3.qkv`` and then
             ``blocks.3.qkv.1`` and so on. ``head`` is among them if the output head's rows are its inputs'.
@@ -192,12 +196,17 @@ class Layout:
     @property
     def head_name(self) -> str:
         """Name of the output head's matrix, which may be the embedding."""
-        return HEAD_MATRIX if HEAD_MATRIX in self.shapes else "embedding"
+        return HEAD_MATRIX if HEAD_MATRIX in self.shapes else EMBEDDING
 
     @property
     def head_shape(self) -> Shape:
         """The output head's matrix, which may be the embedding."""
         return self.shapes[self.head_name]
+
+    @property
+    def gathered(self) -> bool:
+        """Whether a token's embedding is a column of the head's matrix, which is input-major."""
+        return EMBEDDING not in self.shapes
 
     def norms(self) -> Iterator[tuple[str, int]]:
         """(name, entries) of every norm's weight and bias."""

@@ -11,7 +11,15 @@ import torch
 
 from acttail.engine.blocks import padded
 from acttail.engine.formats import kv_format
-from acttail.engine.layout import HEAD_BIAS, HEAD_MATRIX, POSITIONS, ROUTER, Layout, Segment
+from acttail.engine.layout import (
+    EMBEDDING,
+    HEAD_BIAS,
+    HEAD_MATRIX,
+    POSITIONS,
+    ROUTER,
+    Layout,
+    Segment,
+)
 from acttail.engine.packing import unpack
 from acttail.engine.shapes import Shape
 from acttail.engine.spec import ExpertsSpec, check_rule, mlp_norm_of
@@ -215,6 +223,31 @@ class NativeDecoder:
             raise RuntimeError(f"native decode_rows of {name}: {abi.reason(code)}")
         return out
 
+    def embeddings(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] float32 of the embedding, as the weights are packed: without its factor.
+
+        Args:
+            tokens: [n] int64.
+        """
+        layout = self.packed.layout
+        if not layout.gathered:
+            shape = layout.shapes[EMBEDDING]
+            tensors = self.packed.matrix(EMBEDDING)
+            picked = {k: t.index_select(0, tokens) for k, t in tensors.items()}
+            values = unpack(picked, replace(shape, rows=len(tokens)))
+            return values[:, : layout.spec.hidden]
+        out, tokens = torch.empty(len(tokens), layout.spec.hidden), tokens.contiguous()
+        code = self.lib.acttail_gather_columns(
+            ctypes.byref(self._matrix(HEAD_MATRIX)), tokens.data_ptr(), len(tokens), out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if code:
+            raise RuntimeError(f"native gather_columns: {abi.reason(code)}")
+        return out
+
+    def _matrix(self, name: str) -> abi.Matrix:
+        return matrix_struct(self.packed.matrix(name), self.packed.layout.shapes[name])
+
     def _fused(self, stage: str) -> Fused:
         layout, found, at = self.packed.layout, Fused(), 0
         for name in layout.matrices(stage):
@@ -273,11 +306,8 @@ class NativeDecoder:
         for rope, (frequencies, scale) in zip(ropes, spec.ropes, strict=True):
             rope.inv_freq = self._float(torch.tensor(frequencies))
             rope.half, rope.scale = len(frequencies), scale
-        embedding = matrix_struct(self.packed.matrix("embedding"), layout.shapes["embedding"])
-        head = embedding
-        if layout.head_shape.output_major:
-            name = layout.head_name
-            head = matrix_struct(self.packed.matrix(name), layout.shapes[name])
+        embedding = abi.Matrix() if layout.gathered else self._matrix(EMBEDDING)
+        head = self._matrix(layout.head_name) if layout.head_shape.output_major else abi.Matrix()
         self._held += [blocks, ropes]
         head_input = Fused()
         if HEAD_MATRIX in layout.segments:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from acttail.base.files import write_json
 from acttail.base.schema import Name, NotNegative, SchemaError, checked, read_json
 from acttail.engine.families.family import MLP
-from acttail.engine.layout import HEAD_MATRIX, ROUTER, Segment, Stage
+from acttail.engine.layout import EMBEDDING, HEAD_MATRIX, ROUTER, Segment, Stage
 from acttail.engine.packing import unpack
 from acttail.engine.shapes import Shape
 from acttail.engine.spec import bias_of
@@ -149,7 +149,7 @@ class PackedWeights:
         tied = spec.head == spec.embedding
         # Every family that the engine runs calls its output head so.
         name = own[0].name if own else HEAD if tied else spec.head.removesuffix(".weight")
-        kept_once = tied and HEAD_MATRIX not in self.layout.shapes
+        kept_once = tied and not {EMBEDDING, HEAD_MATRIX} <= self.layout.shapes.keys()
         return Projection(
             name, len(spec.blocks), HEAD, spec.hidden, spec.vocabulary, float(spec.hidden * spec.vocabulary), name,
             "weight", None, transposed=False, tied=spec.embedding if kept_once else None,
@@ -222,7 +222,10 @@ class PackedWeights:
         spec = self.layout.spec
         module, _, leaf = name.rpartition(".")
         if name == spec.embedding:
-            return self._by_outputs("embedding", spec.vocabulary)
+            if self.layout.gathered:
+                assert self.head is not None  # noqa: S101
+                return self.weight(self.head)
+            return self._by_outputs(EMBEDDING, spec.vocabulary)
         if self.head is not None and name == f"{self.head.name}.weight":
             return self.weight(self.head)
         if name in self._norms:
@@ -263,7 +266,8 @@ class PackedWeights:
     def apart(self, first: str, second: str) -> bool:
         """See :class:`acttail.model.weights.StoredWeights`."""
         spec = self.layout.spec
-        return HEAD_MATRIX in self.layout.shapes and spec.embedding in (first, second)
+        both = {EMBEDDING, HEAD_MATRIX} <= self.layout.shapes.keys()
+        return both and spec.embedding in (first, second)
 
     def check(self, plan: SparsityPlan | None) -> None:
         """Make sure that a plan was made for this model, by its contents where sketches of them were kept.

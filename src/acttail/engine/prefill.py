@@ -15,7 +15,6 @@ import torch.nn.functional as F  # noqa: N812
 
 from acttail.engine.layout import HEAD_BIAS, HEAD_MATRIX, POSITIONS, ROUTER
 from acttail.engine.native import NativeDecoder, attention_offsets, mlp_offsets
-from acttail.engine.packing import unpack
 from acttail.engine.shapes import Shape
 from acttail.engine.spec import BlockSpec, DecoderSpec, mlp_norm_of
 from acttail.engine.transcode import matrix_struct
@@ -153,11 +152,9 @@ class Prefill:
         return x * self.spec.residual_scale if self.spec.residual_scale != 1.0 else x
 
     def _embed(self, tokens: torch.Tensor, past: int) -> torch.Tensor:
-        packed = self.decoder.packed
-        shape = packed.layout.shapes["embedding"]
-        picked = {k: t.index_select(0, tokens) for k, t in packed.matrix("embedding").items()}
-        x = unpack(picked, shape)[:, : self.spec.hidden].to(self.dtype)
-        scale = torch.tensor(self.spec.embedding_scale, dtype=packed.layout.format.compute)
+        x = self.decoder.embeddings(tokens).to(self.dtype)
+        compute = self.decoder.packed.layout.format.compute
+        scale = torch.tensor(self.spec.embedding_scale, dtype=compute)
         if self.spec.embedding_scale != 1.0:
             x = x * scale.to(self.dtype)
         positions = self._tensors.get(POSITIONS)

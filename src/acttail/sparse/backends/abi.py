@@ -6,7 +6,7 @@ Knows nothing of models. :func:`mismatch` compares every mirror with the library
 import ctypes
 from typing import Any
 
-VERSION = 14
+VERSION = 15
 _pointer, _int, _i32, _i64, _f32 = (
     ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_int64, ctypes.c_float,
 )  # fmt: skip
@@ -112,6 +112,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "acttail_add_rows": (
         _int, [_matrix, _pointer, _pointer, _i64, _i64, _i64, _pointer, _i64, _i64],
     ),
+    "acttail_gather_columns": (_int, [_matrix, _pointer, _i64, _pointer, _int]),
     "acttail_transcode": (_int, [_matrix, _i64, _i32, _pointer, _i64, _pointer, _int]),
     "acttail_refit": (_int, [_matrix, _i64, _i32, _pointer, _int]),
     "acttail_fit": (_int, [_matrix, _i64, _pointer, _i64, _int]),
