@@ -139,6 +139,7 @@ struct Options {
   bool one_scale = false;  // int8 and int4: one for all inputs of an output
   bool wina = false;       // score scales
   bool routed = false;     // the last block has experts beside an MLP of its own, the one before it experts alone
+  bool tied = false;       // the head is input-major, and its columns are the embeddings
   bool learned = false;    // positions, halves of a block side by side, a bias of the head, factors
   int32_t activation = ACTTAIL_SILU;
   int order[3] = {0, 1, 2};  // of q, k, v in memory; gate and up are turned round where it descends
@@ -201,11 +202,18 @@ class Decoder {
       block_.push_back(block);
     }
     rope_ = {inv_freq_, half, 1.0f, 0};
-    const Weights table = weights(90, hidden, vocabulary, o.format == acttail::kInt4 ? acttail::kInt8 : o.format, 32);
-    packed_.push_back(std::make_unique<Packed>(table));
+    const Weights table = this->table();
     model.block = block_.data();
     model.rope = &rope_;
-    model.embedding = model.head = packed_.back()->matrix;
+    if (o.tied) {
+      packed_.push_back(std::make_unique<Packed>(std::vector<Weights>{table}));
+      model.head_input.matrix[0] = packed_.back()->matrix;
+      model.head_input.segment[0] = {0, padded(vocabulary), vocabulary, hidden, nullptr, 0, ACTTAIL_DENSE, 0, 0};
+      model.head_input.matrices = model.head_input.segments = 1;
+    } else {
+      packed_.push_back(std::make_unique<Packed>(table));
+      model.embedding = model.head = packed_.back()->matrix;
+    }
     model.final_norm = {norm_.data(), o.layer_norm ? shift_.data() : nullptr, 0, 0};
     model.blocks = blocks;
     model.ropes = 1;
@@ -253,6 +261,12 @@ class Decoder {
 
   Weights weights(uint32_t id, int64_t inputs, int64_t outputs, int32_t format, int64_t group) const {
     return {o.seed, id, format, group, inputs, outputs};
+  }
+
+  // Of the head and the embedding; output-major ones have no four bits here.
+  Weights table() const {
+    const bool wider = o.format == acttail::kInt4 && !o.tied;
+    return weights(90, hidden, vocabulary, wider ? acttail::kInt8 : o.format, 32);
   }
 
   bool has_own(int64_t block) const { return !o.routed || block + 1 == blocks; }
@@ -490,7 +504,7 @@ class Decoder {
     }
 
     void token(int64_t id, std::vector<double>& out) {
-      const Weights table = d.weights(90, hidden, vocabulary, d.model.head.format, 32);
+      const Weights table = d.table();
       Vector x(hidden);
       for (int64_t i = 0; i < hidden; ++i) {
         x[static_cast<size_t>(i)] = table.value(i, id) * static_cast<double>(d.model.embedding_scale);

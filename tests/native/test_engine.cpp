@@ -307,6 +307,7 @@ void refusals() {
   expect(refused([](acttail_model& m, acttail_block&) { m.activation = 4; }), "activation", o);
   expect(refused([](acttail_model& m, acttail_block&) { m.kv_heads = 3; }), "heads", o);
   expect(refused([](acttail_model& m, acttail_block&) { m.embedding.rows -= 1; }), "embedding", o);
+  expect(refused([](acttail_model& m, acttail_block&) { m.embedding.data = nullptr; }), "no embedding", o);
   expect(refused([](acttail_model&, acttail_block& b) { b.qkv.matrix[0].format = 4; }), "format", o);
   expect(refused([](acttail_model&, acttail_block& b) { b.qkv.matrix[0].format = acttail::kInt8; }), "no scales", o);
   expect(refused([](acttail_model&, acttail_block& b) { b.qkv.segment[1].begin += 64; }), "a gap", o);
@@ -561,6 +562,14 @@ int main() {
       against_truth(o);
       together(o);
       o.routed = o.biased = o.learned = false;
+      o.gated = o.tied = true;
+      against_truth(o);
+      together(o);
+      together(o, kWide);
+      o.biased = o.learned = true;
+      against_truth(o);
+      together(o);
+      o.tied = o.biased = o.learned = false;
       o.layer_norm = true;
       o.gated = false;
       o.activation = ACTTAIL_GELU_ERF;

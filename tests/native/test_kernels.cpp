@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "decoder.hpp"
+#include "gather.hpp"
 #include "kernels.hpp"
 
 namespace {
@@ -99,6 +100,19 @@ void together(const Kernels& k, const Matrix& m, int64_t begin, int64_t end) {
   }
 }
 
+// What is gathered of every column are the rows' own numbers.
+void columns(const Kernels& k, const Matrix& m) {
+  const auto width = static_cast<size_t>(m.columns), height = static_cast<size_t>(m.rows);
+  Floats all(width * height), column(height);
+  for (size_t i = 0; i < height; ++i) k.decode_row(m, static_cast<int64_t>(i), all.data() + i * width);
+  bool same = true;
+  for (size_t j = 0; j < width; ++j) {
+    gather_column(m, static_cast<int64_t>(j), column.data());
+    for (size_t i = 0; i < height; ++i) same = same && column[i] == all[i * width + j];
+  }
+  expect(same, "gather_column", m.format);
+}
+
 void rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs, int64_t group) {
   const decoder::Weights w{3, 1, format, group, inputs, outputs};
   const decoder::Packed packed(std::vector<decoder::Weights>{w});
@@ -135,6 +149,7 @@ void rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs, int
   }
   together(k, m, 0, m.columns);
   if (m.columns > 64 && m.columns % 128 == 0) together(k, m, 64, m.columns);
+  columns(k, m);
   for (int64_t i : {int64_t{0}, inputs / 2, inputs - 1}) {
     Doubles truth;
     for (int64_t o = 0; o < outputs; ++o) truth.push_back(w.value(i, o));
@@ -209,6 +224,7 @@ void file_rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs
     });
   }
   together(k, m, 0, m.columns);
+  columns(k, m);
 }
 
 void dots(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs, int64_t group) {
