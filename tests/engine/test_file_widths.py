@@ -1,5 +1,6 @@
 """Models whose GGUF keeps several formats, at the file's own width."""
 
+import ctypes
 import importlib.util
 import json
 import warnings
@@ -15,9 +16,10 @@ from acttail.engine import Engine
 from acttail.engine.config import EngineConfig
 from acttail.engine.convert import dequantised_state
 from acttail.engine.formats import FILE_FORMATS, format_of_kind
+from acttail.engine.native import library
 from acttail.engine.packing import pack, unpack
 from acttail.engine.shapes import shape_for
-from acttail.engine.transcode import put_blocks, put_table, takes_table
+from acttail.engine.transcode import matrix_struct, put_blocks, put_table, takes_table
 from acttail.errors import ActTailError, ActTailWarning
 from acttail.evaluate.speed import bytes_per_token
 from acttail.maths.losses import divergence
@@ -147,6 +149,16 @@ def written(stored, shape, begin=0, put=put_blocks):
     return tensors
 
 
+def gathered(tensors, shape):
+    """[columns, rows] of an input-major matrix, column by column as embeddings are taken of it."""
+    ids, out = torch.arange(shape.columns), torch.empty(shape.columns, shape.rows)
+    code = library().acttail_gather_columns(
+        ctypes.byref(matrix_struct(tensors, shape)), ids.data_ptr(), len(ids), out.data_ptr(), 2
+    )
+    assert code == 0
+    return out
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_format_holds_the_files_numbers_in_the_order_asked_for(kind):
     blocks = blocks_of(kind, 512, 200)
@@ -155,9 +167,11 @@ def test_a_format_holds_the_files_numbers_in_the_order_asked_for(kind):
     shape = shape_for(
         form.name, 512, 200, group=KINDS[kind].entries, asymmetric=KINDS[kind].minimum
     )
-    values = unpack(written(stored_of(kind, blocks, 512, order), shape), shape)
+    tensors = written(stored_of(kind, blocks, 512, order), shape)
+    values = unpack(tensors, shape)
     assert np.array_equal(values[:200].numpy(), dequantised(kind, blocks)[order.numpy()])
     assert not values[200:].any()
+    assert torch.equal(gathered(tensors, shape), values)
     if kind not in ("IQ4_NL", "Q3_K"):  # those in a wider format
         # Half a bit a weight more than the file at most: scales of six bits lie in bytes.
         assert shape.bytes <= 1.1 * blocks.nbytes / 200 * shape.columns

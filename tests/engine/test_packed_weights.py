@@ -94,7 +94,7 @@ def test_a_file_s_own_blocks_come_back_number_by_number(file, tmp_path):  # noqa
     assert torch.equal(packed.entries(p, index), source.entries(p, index))
 
 
-def test_a_head_that_a_plan_made_sparse_is_one_of_its_own(tmp_path):
+def test_a_tied_head_that_a_plan_made_sparse_stays_tied(tmp_path):
     model = tempered("llama-mqa-tied", 3)
     model.save_pretrained(tmp_path / "source")
     byte_tokenizer().save_pretrained(tmp_path / "source")
@@ -105,14 +105,14 @@ def test_a_head_that_a_plan_made_sparse_is_one_of_its_own(tmp_path):
     with torch.no_grad():
         found = loaded(IDS[None]).logits[0]
     assert torch.allclose(found, engine_logits(tmp_path / "f"), atol=1e-4)
-    # Packed by inputs here and by outputs there, so with scales of its own.
+    # Kept once, it is tied again.
     convert_model(tmp_path / "source", tmp_path / "g", dtype="int8", plan=plan)
     packed = open_model(tmp_path / "g").weights
     loaded, _ = acttail.load(tmp_path / "g", dtype="fp32")
     head, table = loaded.lm_head.weight, loaded.get_input_embeddings().weight
     assert torch.equal(head, packed.weight(packed.head))
     assert torch.equal(table, packed.tensor("model.embed_tokens.weight"))
-    assert head.data_ptr() != table.data_ptr()
+    assert head.data_ptr() == table.data_ptr()
 
 
 def test_a_plan_goes_with_the_source_and_with_what_it_became(made):
