@@ -70,8 +70,6 @@ def test_every_token_s_embedding_is_its_row_of_the_head(family, head):
         assert torch.equal(every_id(engine), every_id(dense))
     whole = sum(t.nbytes for t in with_table(engine, dense).tensors.values())
     assert engine.packed.bytes == whole - dense.packed.layout.shapes[EMBEDDING].bytes
-    # It was the head that was twice there, so that now both take nearly the same.
-    assert engine.packed.bytes <= dense.packed.bytes + layout.head_shape.bytes // 4
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -207,7 +205,7 @@ def test_no_column_beyond_the_last_is_gathered():
         assert gather(wrong) == abi.BAD_ARGUMENT
     assert gather([0], count=-1) == gather([0], threads=0) == abi.BAD_ARGUMENT
     assert not out.any()
-    assert gather([0, shape.columns - 1], threads=3) == 0
+    assert gather([1, shape.columns - 1], threads=3) == 0
     assert out[0].any()
     assert not out[1].any()  # padding
 
