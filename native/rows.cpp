@@ -25,17 +25,20 @@ int decode_rows(const acttail_matrix& m, int64_t first, int64_t last, int64_t be
   const acttail::Kernels& kernels = acttail::kernels();
   const int64_t width = end - begin, count = last - first;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(count, threads));
-  std::vector<float> scratch(static_cast<size_t>(parts * m.columns));
+  // Whole blocks of columns, of which begin .. end are wanted.
+  const int64_t block = acttail::kFormatTraits[m.format].block, from = begin / block * block;
+  const int64_t to = (end + block - 1) / block * block;
+  std::vector<float> scratch(static_cast<size_t>(parts * (to - from)));
 #pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1) if (parts > 1)
   for (int64_t part = 0; part < parts; ++part) {
-    float* row = scratch.data() + part * m.columns;
+    float* row = scratch.data() + part * (to - from);
     for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
-      kernels.decode_row(m, first + i, row);
+      kernels.decode_row(m, first + i, from, to, row);
       if (as_float) {
-        std::memcpy(static_cast<float*>(out) + i * width, row + begin,
+        std::memcpy(static_cast<float*>(out) + i * width, row + begin - from,
                     sizeof(float) * static_cast<size_t>(width));
       } else {
-        round_row(kernels, row + begin, width, static_cast<uint16_t*>(out) + i * width);
+        round_row(kernels, row + begin - from, width, static_cast<uint16_t*>(out) + i * width);
       }
     }
   }

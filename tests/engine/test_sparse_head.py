@@ -115,6 +115,19 @@ def test_formats_agree_with_their_own_dequantised_weights(head):
     assert float(divergence(expected, got)[0].mean()) <= 2e-3
 
 
+@pytest.mark.parametrize("head", ["fp32", "bf16", "int8", "int4"])
+def test_the_end_of_a_prompt_is_the_last_of_all_its_tokens(head, monkeypatch):
+    """One row is a product with the rows that it keeps, many are one of matrices; both in pieces of the outputs."""
+    monkeypatch.setattr("acttail.engine.prefill._HEAD_COLUMNS", 128)
+    model, ids = lively("llama", vocab_size=1_013), tokens()
+    for plan in (plan_for(model), plan_for(model, head=0.0)):
+        engine = Engine.from_model(model, plan, dtype="fp32", head_dtype=head, native=True)
+        last = engine.new_sequence(64).feed(ids)
+        rest = engine.new_sequence(64).all_logits(ids)[-1]
+        # Whole numbers take the input in 15 bits.
+        torch.testing.assert_close(last, rest, atol=1e-3 * float(rest.abs().max()), rtol=0)
+
+
 @pytest.mark.parametrize("rule", ["wina", "threshold"])
 @pytest.mark.parametrize("family", ["llama", "llama-mqa-tied"])
 def test_every_native_rule(family, rule):

@@ -104,13 +104,19 @@ void together(const Kernels& k, const Matrix& m, int64_t begin, int64_t end) {
 void columns(const Kernels& k, const Matrix& m) {
   const auto width = static_cast<size_t>(m.columns), height = static_cast<size_t>(m.rows);
   Floats all(width * height), column(height);
-  for (size_t i = 0; i < height; ++i) k.decode_row(m, static_cast<int64_t>(i), all.data() + i * width);
+  for (size_t i = 0; i < height; ++i) k.decode_row(m, static_cast<int64_t>(i), 0, m.columns, all.data() + i * width);
   bool same = true;
   for (size_t j = 0; j < width; ++j) {
     gather_column(m, static_cast<int64_t>(j), column.data());
     for (size_t i = 0; i < height; ++i) same = same && column[i] == all[i * width + j];
   }
   expect(same, "gather_column", m.format);
+  // And of some columns of a row.
+  const int64_t block = kFormatTraits[m.format].block, first = std::min(block, m.columns - block);
+  Floats part(width);
+  k.decode_row(m, m.rows / 2, first, m.columns, part.data());
+  const float* const whole = all.data() + static_cast<size_t>(m.rows / 2) * width + first;
+  expect(std::equal(whole, whole + m.columns - first, part.data()), "decode_row of a part", m.format);
 }
 
 void rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs, int64_t group) {
@@ -154,7 +160,7 @@ void rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs, int
     Doubles truth;
     for (int64_t o = 0; o < outputs; ++o) truth.push_back(w.value(i, o));
     check(k, "decode_row", inputs, width, truth, 1e-6,
-          [&](const Kernels& set, float* out) { set.decode_row(m, i, out); });
+          [&](const Kernels& set, float* out) { set.decode_row(m, i, 0, m.columns, out); });
   }
 }
 
@@ -207,8 +213,8 @@ void file_rows(const Kernels& k, int32_t format, int64_t inputs, int64_t outputs
     const Floats x = random_floats(count, 8);
     Doubles truth(width, 0.5), sizes(truth.size());
     for (int64_t c = 0; c < count; ++c) {
-      k.decode_row(m, index[static_cast<size_t>(c)], row.data());
-      portable->decode_row(m, index[static_cast<size_t>(c)], same.data());
+      k.decode_row(m, index[static_cast<size_t>(c)], 0, m.columns, row.data());
+      portable->decode_row(m, index[static_cast<size_t>(c)], 0, m.columns, same.data());
       expect(row == same, "decode_row", outputs);
       const double factor = static_cast<double>(x[static_cast<size_t>(c)]);
       for (size_t j = 0; j < width; ++j) {

@@ -19,6 +19,7 @@ from acttail.engine.shapes import Shape
 from acttail.engine.spec import BlockSpec, DecoderSpec, mlp_norm_of
 from acttail.engine.transcode import matrix_struct
 from acttail.model.precision import fast_dtype
+from acttail.sparse.backends import abi
 from acttail.sparse.rules import Dense
 
 _ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -123,7 +124,11 @@ class Prefill:
         name, shape = packed.layout.head_name, packed.layout.head_shape
         spec = self.spec
         if not shape.output_major:
-            return self._by_inputs(hidden, name, shape)
+            return (
+                self._by_rows(hidden, name, shape)
+                if len(hidden) == 1
+                else self._by_inputs(hidden, name, shape)
+            )
         stored = shape.format.torch_dtype
         if stored is not None and len(hidden) > 1:
             weights = packed.tensors[f"{name}.weight"].view(stored)
@@ -137,6 +142,25 @@ class Prefill:
                     ctypes.byref(struct), row.data_ptr(), to.data_ptr()
                 )
         return out
+
+    def _by_rows(self, hidden: torch.Tensor, name: str, shape: Shape) -> torch.Tensor:
+        """[1, vocabulary] float32, of the rows of what is not zero: the end of every prompt.
+
+        Unpacking all of the head for one product took 340 ms of a prompt of Gemma 3 270M.
+        """
+        x = hidden[0].float()
+        index = x.nonzero()[:, 0]
+        out, kept = torch.zeros(1, shape.columns), x[index].contiguous()
+        rows = index.to(torch.int32)
+        struct = matrix_struct(self.decoder.packed.matrix(name), shape)
+        for begin in range(0, shape.columns, _HEAD_COLUMNS):
+            code = self.decoder.lib.acttail_add_rows(
+                ctypes.byref(struct), rows.data_ptr() if len(kept) < shape.rows else None, kept.data_ptr(), len(kept),
+                begin, min(begin + _HEAD_COLUMNS, shape.columns), out.data_ptr(), 1, shape.columns,
+            )  # fmt: skip
+            if code:
+                raise RuntimeError(f"native add_rows of {name}: {abi.reason(code)}")
+        return out[:, : self.spec.vocabulary]
 
     def _by_inputs(self, hidden: torch.Tensor, name: str, shape: Shape) -> torch.Tensor:
         """[n, vocabulary] float32, some columns at a time so that what is unpacked of them stays small."""
