@@ -49,6 +49,9 @@ using namespace acttail;
 #include "vnni.inc"
 #endif
 #include "blocks.inc"
+#if defined(__AVX512VNNI__)
+#include "bytes.inc"
+#endif
 #if defined(ACTTAIL_PAIRS)
 #include "quads.inc"
 #include "pairs.inc"
@@ -58,6 +61,7 @@ using namespace acttail;
 #include "together.inc"
 #if defined(__AVX512VNNI__)
 #include "vnni_together.inc"
+#include "bytes_together.inc"
 #endif
 #if defined(ACTTAIL_PAIRS)
 #include "pairs_together.inc"
