@@ -20,7 +20,7 @@ struct Field {
 constexpr Field kFields[] = {
     STRUCT(matrix), FIELD(matrix, format), FIELD(matrix, group), FIELD(matrix, rows),
     FIELD(matrix, columns), FIELD(matrix, data), FIELD(matrix, scale), FIELD(matrix, minimum),
-    FIELD(matrix, plane), FIELD(matrix, sub_scale), FIELD(matrix, sub_minimum),
+    FIELD(matrix, plane), FIELD(matrix, sub_scale), FIELD(matrix, sub_minimum), FIELD(matrix, together), FIELD(matrix, padding),
 
     STRUCT(segment), FIELD(segment, begin), FIELD(segment, end), FIELD(segment, outputs),
     FIELD(segment, k), FIELD(segment, score_scale), FIELD(segment, threshold), FIELD(segment, rule),

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised by one whenever a signature below changes.
-#define ACTTAIL_ABI 15
+#define ACTTAIL_ABI 16
 
 enum acttail_status {
   ACTTAIL_OK = 0,

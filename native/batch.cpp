@@ -11,9 +11,9 @@ constexpr int64_t kHeadColumns = 16384;
 // Of a unit at least, where there are so many: two groups for each weight that memory gives.
 constexpr int64_t kUnitRows = 2 * kMostTogether;
 
-// Bytes of rows that one vector leaves in the caches for the next one. Where lists differ, vectors are then faster one
-// after the other, each with its own rows alone: eight of density 0.5 on a Zen 4 by 1.1 to 1.6 times, whatever the format,
-// where each has 0.4 to 2.6 MB of rows (with 7 MB int8 still gains, Q4_K of half of that loses).
+// Bytes of rows that one vector leaves in the caches for the next one, where it was not measured which is faster: vectors
+// whose lists differ then go one after the other, each with its own rows alone. Eight of density 0.5 on a Zen 4 are faster so
+// by 1.1 to 1.6 times, whatever the format, where each has 0.4 to 2.6 MB of rows.
 constexpr int64_t kNearBytes = int64_t{2} << 20;
 
 // Whether the lanes' parts are of the same columns, so that each can be read for all of them.
@@ -37,7 +37,8 @@ bool each_alone(const Part& part, const Rows* rows, int64_t count) {
     listed += rows[i].index != nullptr && rows[i].count > 0;
     most = std::max(most, rows[i].count);
   }
-  return listed > 0 && most * (part.end - part.begin) * kFormatTraits[part.matrix->format].bits / 8 <= kNearBytes;
+  return listed > 0 && part.matrix->together == 0 &&
+         most * (part.end - part.begin) * kFormatTraits[part.matrix->format].bits / 8 <= kNearBytes;
 }
 
 }  // namespace

@@ -34,6 +34,8 @@ enum acttail_activation {
 //   [columns]. Others: scale * level + minimum. Levels without minima count from the middle.
 // Numbers of groups are rounded up: the last of each may be shorter. Our own four bits (acttail_fit) are Q4_K with
 // scales and minima of seven bits within a super-block instead of six.
+#define ACTTAIL_NEVER 1073741824
+
 struct acttail_matrix {
   int32_t format;  // 0 fp32, 1 bf16, 2 int8, 3 int4, 4 Q4_K, 5 Q5_K, 6 Q6_K, 7 Q5_0, 8 Q5_1 (formats.hpp)
   int32_t group;   // inputs that share a scale; 0 without scales
@@ -45,6 +47,10 @@ struct acttail_matrix {
   const void* plane;         // [rows][columns] of one or two bits, or null
   const void* sub_scale;     // [rows / 32][columns] bytes; Q6_K: [rows / 16][columns] signed ones; or null
   const void* sub_minimum;   // [rows / 128][columns][4] bytes, one for each 32 inputs; or null
+  // From how many vectors on, whose lists of kept rows differ, rows are read once for all of them: 0 for what the format
+  // says, ACTTAIL_NEVER for none. What they get is the same.
+  int32_t together;
+  int32_t padding;
 };
 
 // One projection's outputs among those that read the same vector: columns begin .. end (whole blocks of its
@@ -215,6 +221,10 @@ ACTTAIL_API int acttail_gather_columns(const struct acttail_matrix* m, const int
 ACTTAIL_API int acttail_add_rows(const struct acttail_matrix* m, const int32_t* index, const float* x,
                                  int64_t count, int64_t begin, int64_t end, float* y, int64_t batch,
                                  int64_t stride);
+// The same for vectors with a list each: index and x are [batch][count]. Rows are read once for all of them or for each
+// anew, as m->together has it.
+ACTTAIL_API int acttail_add_lists(const struct acttail_matrix* m, const int32_t* index, const float* x, int64_t count,
+                                  int64_t begin, int64_t end, float* y, int64_t batch, int64_t stride);
 // y[b] = W TopK(x[b]) of an input-major matrix for 1 to 8 vectors; x is [vectors][m->rows], y
 // [vectors][m->columns].
 ACTTAIL_API int acttail_sparse_linear(const struct acttail_matrix* m, const float* x, int64_t vectors,

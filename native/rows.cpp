@@ -85,6 +85,24 @@ int acttail_add_rows(const acttail_matrix* m, const int32_t* index, const float*
   });
 }
 
+int acttail_add_lists(const acttail_matrix* m, const int32_t* index, const float* x, int64_t count, int64_t begin,
+                      int64_t end, float* y, int64_t batch, int64_t stride) {
+  if (m == nullptr || !acttail::usable(*m) || ((x == nullptr || index == nullptr) && count > 0) || y == nullptr ||
+      count < 0 || count > m->rows || begin < 0 || end < begin || end > m->columns ||
+      begin % acttail::kFormatTraits[m->format].block || end % acttail::kFormatTraits[m->format].block || batch < 1 ||
+      batch > acttail::kMostTogether) {
+    return ACTTAIL_BAD_ARGUMENT;
+  }
+  return acttail::guarded([&] {
+    // Kept: a call that is timed should not fill 256 KB with zeros first.
+    static thread_local std::vector<int32_t> scratch(static_cast<size_t>(acttail::kTogetherScratch));
+    acttail::Rows rows[acttail::kMostTogether];
+    for (int64_t b = 0; b < batch; ++b) rows[b] = {index + b * count, x + b * count, count, 0};
+    acttail::kernels().add_rows_together(*m, rows, batch, begin, end, y, stride, scratch.data());
+    return ACTTAIL_OK;
+  });
+}
+
 int acttail_dot_rows(const acttail_matrix* m, const float* x, float* y) {
   if (m == nullptr || !acttail::usable_output_major(*m) || x == nullptr || y == nullptr) {
     return ACTTAIL_BAD_ARGUMENT;

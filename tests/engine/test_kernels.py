@@ -20,6 +20,7 @@ from acttail.engine.shapes import shape_for
 from acttail.engine.transcode import matrix_struct
 from acttail.errors import ActTailError
 from acttail.sparse.backends import cpu
+from acttail.sparse.backends.abi import NEVER
 
 pytestmark = pytest.mark.skipif(not cpu.status().available, reason="no native library")
 SHAPES = [(1, 1), (7, 5), (64, 64), (67, 130), (576, 192), (200, 1000), (70, 2300)]
@@ -103,6 +104,35 @@ def test_vectors_that_share_rows_get_what_each_gets_alone(dtype, group, batch):
     assert torch.equal(y, alone)
     # As far from the truth as 15 bits of x leave it (test_sparse_rows has the bounds).
     torch.testing.assert_close(y.double(), (w @ full.double()).T, atol=4e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "group"), CASES)
+@pytest.mark.parametrize("shape", [(67, 130), (600, 700), (300, 4200)])
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+def test_lists_that_differ_give_the_same_read_once_or_for_each(dtype, group, shape, density):
+    d_in, d_out = shape
+    form, tensors, w = packed(d_in, d_out, dtype, group)
+    count, batch = max(1, round(density * d_in)), 7
+    index = torch.stack([torch.randperm(d_in)[:count].sort().values for _ in range(batch)])
+    x, start = torch.randn(batch, count), torch.randn(batch, form.columns)
+    x[3, : count // 2] = 0  # a vector whose first windows have nothing to add
+    found = []
+    for together in (1, NEVER, 0):
+        struct, y = matrix_struct(tensors, form), start.clone()
+        struct.together = together
+        lists = index.to(torch.int32)
+        code = library().acttail_add_lists(
+            ctypes.byref(struct), lists.data_ptr(), x.data_ptr(), count, 0, form.columns, y.data_ptr(), batch,
+            form.columns,
+        )  # fmt: skip
+        assert code == 0
+        found.append(y)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    for one, kept, values, before in zip(found[0], index, x, start, strict=True):
+        expected = before.double() + w[:, kept] @ values.double()
+        bound = 1e-3 * (w[:, kept].abs() @ values.double().abs() + values.abs().max() * count + 1)
+        assert bool(((one.double() - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from acttail.engine import tune
+from acttail.engine import Engine, tune
+from acttail.sparse.backends import abi
 
 
 @pytest.mark.parametrize(
@@ -17,3 +18,33 @@ from acttail.engine import tune
 )
 def test_crossing_is_where_the_whole_costs_least(ratios, density):
     assert tune.crossing(ratios) == density
+
+
+@pytest.mark.parametrize(
+    ("ratios", "vectors"),
+    [
+        ({2: 0.9, 4: 0.8, 8: 0.7}, 2),
+        ({2: 1.2, 4: 0.9, 8: 0.7}, 4),
+        ({2: 0.8, 4: 1.1, 8: 0.7}, 8),  # a lucky round
+        ({2: 0.8, 4: 0.7, 8: 1.1}, abi.NEVER),
+        ({2: 0.99, 4: 0.99, 8: 0.99}, abi.NEVER),  # noise
+    ],
+)
+def test_rows_are_read_once_from_where_it_always_wins(ratios, vectors):
+    assert tune.joining(ratios) == vectors
+
+
+def test_what_was_measured_is_kept_and_told_to_the_engine(tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.setenv("ACTTAIL_CACHE", str(tmp_path))
+    engine = Engine.from_pretrained(tiny_folder, dtype="int8", threads=1)
+    layout = engine.packed.layout
+    assert tune.read_together(layout) == {}
+    found = tune.tune([layout.shapes[name] for name in layout.segments])
+    told = tune.read_together(layout)
+    assert told.keys() == layout.segments.keys()
+    by_shape = {c.shape: c for c in found}
+    for name, vectors in told.items():
+        c = by_shape[layout.shapes[name]]
+        assert vectors == c.together == tune.joining(c.shared)
+        assert c.shared.keys() == {2, 4, 8}
+        assert all(r > 0 for r in c.shared.values())

@@ -2,7 +2,7 @@
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -79,6 +79,7 @@ class NativeDecoder:
         threads: that run a token together.
         kv_dtype: of the KV cache: ``fp32``, ``bf16`` or ``int8``.
         dense_kernel: projections that read all rows though most of their input is zeroed.
+        together: matrices of which it was measured from how many vectors on lists that differ are read as one.
         pool: of the KV caches; a new one by default.
 
     Raises:
@@ -90,12 +91,13 @@ class NativeDecoder:
     def __init__(
         self, packed: Packed, plan: SparsityPlan | None, threads: int, kv_dtype: str,
         dense_kernel: frozenset[str] = frozenset(), pool: KvPool | None = None,
+        together: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
         check_rule(plan)
         self.lib = library()
         self.pool = pool or KvPool()
         self.packed, self.plan, self.threads, self.kv_dtype = packed, plan, threads, kv_dtype
-        self.dense_kernel = dense_kernel
+        self.dense_kernel, self._together = dense_kernel, together or {}
         # Sequences share the workers' scratch: one pass at a time, whatever thread it comes from.
         self.lock = threading.RLock()
         self._held: list[Any] = []
@@ -251,9 +253,9 @@ class NativeDecoder:
     def _fused(self, stage: str) -> Fused:
         layout, found, at = self.packed.layout, Fused(), 0
         for name in layout.matrices(stage):
-            found.matrix[found.matrices] = matrix_struct(
-                self.packed.matrix(name), layout.shapes[name]
-            )
+            struct = matrix_struct(self.packed.matrix(name), layout.shapes[name])
+            struct.together = self._together.get(name, 0)
+            found.matrix[found.matrices] = struct
             found.matrices += 1
             for s in layout.segments[name]:
                 found.segment[found.segments] = self._segment(s, at)

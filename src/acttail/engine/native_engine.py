@@ -15,7 +15,7 @@ from acttail.engine.protocol import Batch, Prompt, Sequence
 from acttail.engine.sequence import NativePrompt, NativeSequence, decode
 from acttail.engine.speculation import Pace
 from acttail.engine.store import Packed
-from acttail.engine.tune import dense_kernels
+from acttail.engine.tune import dense_kernels, read_together
 from acttail.plan import SparsityPlan
 from acttail.sparse.backends import abi
 from acttail.sparse.policy import PrefillPolicy
@@ -51,8 +51,8 @@ class NativeEngine(Engine):
         self.threads: int = config.threads or torch.get_num_threads()
         kv = config.kv(packed.layout.format).name
         self.decoder = NativeDecoder(
-            packed, plan, self.threads, kv, dense_kernels(packed.layout, plan), pool
-        )
+            packed, plan, self.threads, kv, dense_kernels(packed.layout, plan), pool, read_together(packed.layout),
+        )  # fmt: skip
         self._prefill = Prefill(self.decoder)
         self._shares = shares_of(packed.layout)
         self.pace = Pace()

@@ -1,7 +1,8 @@
-"""Choice by measurement: from which density on the dense kernel is faster, on this machine.
+"""Choice by measurement: which kernel is faster on this machine.
 
-A table of the times of each matrix shape and dtype, measured once on one thread and kept in the cache.
-The dense kernel reads every row of a masked vector; it gives the same result and needs no list of rows.
+A table of the times of each matrix shape and dtype, measured once on one thread and kept in the cache. It says from which
+density on the dense kernel is taken, which reads every row of a masked vector and needs no list of rows; and from how many
+vectors on rows are read once for all of them where their lists differ. The results are the same.
 """
 
 import ctypes
@@ -28,16 +29,20 @@ from acttail.engine.store import allocate
 from acttail.engine.transcode import matrix_struct
 from acttail.errors import ActTailError
 from acttail.plan import SparsityPlan
-from acttail.sparse.backends import cpu
+from acttail.sparse.backends import abi, cpu
 from acttail.sparse.backends.abi import Matrix
 
-VERSION = 1
+VERSION = 2
 _DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2, 0.1)
+# Vectors with lists of their own at this density; native code takes eight at a time.
+_BATCHES = (2, 4, 8)
+_BATCH_DENSITY = 0.5
 # What the dense kernel's time counts against one: sparse must be this much slower, for less is noise.
 _MARGIN = 1.02
 # Copies of a matrix are spread over more memory than the caches hold.
 _SPREAD_BYTES = 64 << 20
 _ROUNDS = 5
+_SHARED_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,16 @@ class Crossover:
         density: the dense kernel is faster above it; 1 if it never is.
         ratios: density -> time of sparse over dense, medians.
         seconds: of the dense kernel over one matrix, median.
+        together: vectors from which on rows are read once for all whose lists differ; `abi.NEVER` for none.
+        shared: vectors -> time of that over one vector after the other, medians.
     """
 
     shape: Shape
     density: float
     ratios: dict[float, float]
     seconds: float
+    together: int
+    shared: dict[int, float]
 
 
 def machine() -> str:
@@ -87,8 +96,13 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 
 def _whole(entry: Any) -> bool:
-    density = entry.get("density") if isinstance(entry, dict) else None
-    return isinstance(density, int | float) and 0 < density <= 1
+    if not isinstance(entry, dict):
+        return False
+    density, together = entry.get("density"), entry.get("together")
+    return (
+        isinstance(density, int | float) and 0 < density <= 1
+        and isinstance(together, int) and 0 < together <= abi.NEVER
+    )  # fmt: skip
 
 
 def spread(shape: Shape, size: int) -> tuple[list[Matrix], object]:
@@ -147,7 +161,49 @@ def measure(shape: Shape) -> Crossover:
         pairs = [(run(index, x), run(None, full)) for _ in range(_ROUNDS)]
         dense += [whole for _, whole in pairs]
         ratios[density] = statistics.median(part / whole for part, whole in pairs)
-    return Crossover(shape, crossing(ratios), ratios, statistics.median(dense) / len(structs))
+    shared = {n: _shared(structs, shape, n, generator) for n in _BATCHES}
+    return Crossover(
+        shape, crossing(ratios), ratios, statistics.median(dense) / len(structs), joining(shared), shared
+    )  # fmt: skip
+
+
+def _shared(structs: list[Matrix], shape: Shape, n: int, generator: torch.Generator) -> float:
+    """Time of reading rows once for n vectors with lists of their own over one vector after the other."""
+    lib, count = library(), max(1, round(_BATCH_DENSITY * shape.rows))
+    lists = [torch.randperm(shape.rows, generator=generator)[:count].sort().values for _ in range(n)]
+    index = torch.stack(lists).to(torch.int32).contiguous()
+    x, y = torch.randn(n, count, generator=generator), torch.zeros(n, shape.columns)
+
+    def run(together: int) -> float:
+        for struct in structs:
+            struct.together = together
+        started = time.perf_counter()
+        for struct in structs:
+            lib.acttail_add_lists(
+                ctypes.byref(struct), index.data_ptr(), x.data_ptr(), count, 0, shape.columns, y.data_ptr(), n,
+                shape.columns,
+            )  # fmt: skip
+        return time.perf_counter() - started
+
+    run(abi.NEVER)
+    return statistics.median(run(1) / run(abi.NEVER) for _ in range(_SHARED_ROUNDS))
+
+
+def joining(ratios: Mapping[int, float]) -> int:
+    """From how many vectors on it pays to read rows once for all of them.
+
+    Args:
+        ratios: vectors -> time of that over one vector after the other.
+
+    Returns:
+        The least number from which on it wins every time; `abi.NEVER` if it never does.
+    """
+    found = abi.NEVER
+    for n in sorted(ratios, reverse=True):
+        if ratios[n] * _MARGIN > 1:
+            break
+        found = n
+    return found
 
 
 def crossing(ratios: Mapping[float, float]) -> float:
@@ -190,6 +246,7 @@ def tune(shapes: Iterable[Shape], progress: Progress | None = None) -> list[Cros
         ratios = {str(d): round(r, 4) for d, r in c.ratios.items()}
         found[_key(c.shape)] = {
             "density": c.density, "sparse_over_dense": ratios, "dense_seconds": c.seconds,
+            "together": c.together, "together_over_alone": {str(n): round(r, 4) for n, r in c.shared.items()},
         }  # fmt: skip
     with suppress(OSError, ActTailError):
         _file().parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +273,21 @@ def measured(shapes: Iterable[Shape], progress: Progress | None = None) -> list[
 
 def _crossover(shape: Shape, entry: dict[str, Any]) -> Crossover:
     ratios = {float(d): float(r) for d, r in entry["sparse_over_dense"].items()}
-    return Crossover(shape, float(entry["density"]), ratios, float(entry["dense_seconds"]))
+    shared = {int(n): float(r) for n, r in entry["together_over_alone"].items()}
+    return Crossover(
+        shape, float(entry["density"]), ratios, float(entry["dense_seconds"]), int(entry["together"]), shared
+    )  # fmt: skip
+
+
+def read_together(layout: Layout) -> dict[str, int]:
+    """Matrices of which this machine's table says from how many vectors on lists that differ are read as one.
+
+    Args:
+        layout: of the packed model.
+    """
+    found = {key: int(entry["together"]) for key, entry in _entries().items()}
+    keys = {name: _key(layout.shapes[name]) for name in layout.segments}
+    return {name: found[key] for name, key in keys.items() if key in found}
 
 
 def dense_kernels(layout: Layout, plan: SparsityPlan | None) -> frozenset[str]:

@@ -6,12 +6,13 @@ Knows nothing of models. :func:`mismatch` compares every mirror with the library
 import ctypes
 from typing import Any
 
-VERSION = 15
+VERSION = 16
 _pointer, _int, _i32, _i64, _f32 = (
     ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_int64, ctypes.c_float,
 )  # fmt: skip
 BAD_ARGUMENT = 1
 MOST_TOGETHER = 128  # tokens of one acttail_engine_step
+NEVER = 1 << 30  # of Matrix.together
 _REASONS = {BAD_ARGUMENT: "bad arguments", 2: "out of memory", 3: "the system refused a thread"}
 
 
@@ -21,7 +22,7 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("format", _i32), ("group", _i32), ("rows", _i64), ("columns", _i64), ("data", _pointer),
         ("scale", _pointer), ("minimum", _pointer), ("plane", _pointer), ("sub_scale", _pointer),
-        ("sub_minimum", _pointer),
+        ("sub_minimum", _pointer), ("together", _i32), ("padding", _i32),
     )  # fmt: skip
 
 
@@ -112,7 +113,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "acttail_add_rows": (
         _int, [_matrix, _pointer, _pointer, _i64, _i64, _i64, _pointer, _i64, _i64],
     ),
-    "acttail_gather_columns": (_int, [_matrix, _pointer, _i64, _pointer, _int]),
+    "acttail_add_lists": (
+        _int, [_matrix, _pointer, _pointer, _i64, _i64, _i64, _pointer, _i64, _i64],
+    ),
     "acttail_transcode": (_int, [_matrix, _i64, _i32, _pointer, _i64, _pointer, _int]),
     "acttail_refit": (_int, [_matrix, _i64, _i32, _pointer, _int]),
     "acttail_fit": (_int, [_matrix, _i64, _pointer, _i64, _int]),
