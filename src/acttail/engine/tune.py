@@ -96,13 +96,8 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 
 def _whole(entry: Any) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    density, together = entry.get("density"), entry.get("together")
-    return (
-        isinstance(density, int | float) and 0 < density <= 1
-        and isinstance(together, int) and 0 < together <= abi.NEVER
-    )  # fmt: skip
+    density = entry.get("density") if isinstance(entry, dict) else None
+    return isinstance(density, int | float) and 0 < density <= 1
 
 
 def spread(shape: Shape, size: int) -> tuple[list[Matrix], object]:
@@ -285,9 +280,11 @@ def read_together(layout: Layout) -> dict[str, int]:
     Args:
         layout: of the packed model.
     """
-    found = {key: int(entry["together"]) for key, entry in _entries().items()}
-    keys = {name: _key(layout.shapes[name]) for name in layout.segments}
-    return {name: found[key] for name, key in keys.items() if key in found}
+    found = {key: entry.get("together") for key, entry in _entries().items()}
+    told = {name: found.get(_key(layout.shapes[name])) for name in layout.segments}
+    return {
+        name: n for name, n in told.items() if isinstance(n, int) and 0 < n <= abi.NEVER
+    }  # fmt: skip
 
 
 def dense_kernels(layout: Layout, plan: SparsityPlan | None) -> frozenset[str]:

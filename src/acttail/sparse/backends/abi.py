@@ -116,6 +116,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "acttail_add_lists": (
         _int, [_matrix, _pointer, _pointer, _i64, _i64, _i64, _pointer, _i64, _i64],
     ),
+    "acttail_gather_columns": (_int, [_matrix, _pointer, _i64, _pointer, _int]),
     "acttail_transcode": (_int, [_matrix, _i64, _i32, _pointer, _i64, _pointer, _int]),
     "acttail_refit": (_int, [_matrix, _i64, _i32, _pointer, _int]),
     "acttail_fit": (_int, [_matrix, _i64, _pointer, _i64, _int]),
