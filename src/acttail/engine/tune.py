@@ -165,7 +165,9 @@ def measure(shape: Shape) -> Crossover:
 def _shared(structs: list[Matrix], shape: Shape, n: int, generator: torch.Generator) -> float:
     """Time of reading rows once for n vectors with lists of their own over one vector after the other."""
     lib, count = library(), max(1, round(_BATCH_DENSITY * shape.rows))
-    lists = [torch.randperm(shape.rows, generator=generator)[:count].sort().values for _ in range(n)]
+    lists = [
+        torch.randperm(shape.rows, generator=generator)[:count].sort().values for _ in range(n)
+    ]
     index = torch.stack(lists).to(torch.int32).contiguous()
     x, y = torch.randn(n, count, generator=generator), torch.zeros(n, shape.columns)
 
