@@ -96,7 +96,7 @@ def timed(engines, prompts, new, rounds):
     return {name: values[1:] for name, values in seconds.items()}, results
 
 
-def append(rows, on, engine, seconds, results, new, rounds, more):
+def append(rows, on, engine, width, seconds, results, new, rounds, more):
     """A row of each contestant."""
     same = [r.tokens for r in results["dense"]]
     tokens = new * len(same)
@@ -108,7 +108,7 @@ def append(rows, on, engine, seconds, results, new, rounds, more):
         if lossless and [r.tokens for r in results[name]] != same:
             raise SystemExit(f"{name}: not the text of dense decoding")
         rows.append({
-            "width": engine.dtype, "drafter": name, **more(name),
+            "width": width, "drafter": name, **more(name),
             "drafted": drafted, "accepted": accepted,
             "acceptance": round(accepted / drafted, 3) if drafted else "",
             "passes": sum(d.rounds for d in drafts), "plain": sum(d.plain for d in drafts),
@@ -152,7 +152,7 @@ def real(args, rows):
             }  # fmt: skip
             seconds, results = timed(engines, prompts, args.new_tokens, args.rounds)
             append(
-                rows, on, base, seconds, results, args.new_tokens, args.rounds,
+                rows, on, base, width, seconds, results, args.new_tokens, args.rounds,
                 lambda name, s=sparsity: {"sparsity": 0.0 if name in ("dense", "n-grams") else s, "forced": ""},
             )  # fmt: skip
 
@@ -169,7 +169,7 @@ def forced(args, rows):
             engines |= {f"forced {a}": ForcedEngine(sparse, a, rights) for a in ACCEPTANCES}
             seconds, results = timed(engines, [one], args.new_tokens, args.rounds)
             append(
-                rows, On(label(args.forced), RANDOM), base, seconds, results, args.new_tokens, args.rounds,
+                rows, On(label(args.forced), RANDOM), base, width, seconds, results, args.new_tokens, args.rounds,
                 lambda name, s=sparsity: {
                     "sparsity": 0.0 if name == "dense" else s, "forced": name.partition(" ")[2],
                 },
