@@ -84,6 +84,11 @@ class LightTokenizer:
         self.chat_template, self.eos_token_id = kept.chat_template, kept.eos_token_id
         self._variables, self._light_chat = kept.variables, kept.light_chat
 
+    @property
+    def backend_tokenizer(self) -> Any:
+        """Of the tokenizers library, as transformers' own has it."""
+        return self._backend
+
     def __call__(self, text: Any, **named: Any) -> Any:
         """Token ids of a text; whatever else is asked is transformers' to answer."""
         if named or not isinstance(text, str):

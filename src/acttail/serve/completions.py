@@ -10,6 +10,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from acttail.engine.generation import Piece
 from acttail.serve.calls import Call
 from acttail.serve.errors import ApiError
+from acttail.serve.grammars import Grammar, grammar_of_schema
+from acttail.serve.messages import plain_messages
 from acttail.serve.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -17,7 +19,8 @@ from acttail.serve.schemas import (
     TokenizeRequest,
 )
 from acttail.serve.server import Server
-from acttail.serve.wording import Wording
+from acttail.serve.tool_grammars import grammar_of
+from acttail.serve.wording import ToolWording, Wording
 
 # OpenAI's default for a completion that does not say.
 _SHORT = 16
@@ -31,15 +34,23 @@ def add_completions(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         server.check_model(body.model)
+        use = body.tool_use
         ids = await server.prompting.chat(
-            [m.plain() for m in body.messages], body.template_arguments,
-            goes_on=body.continue_final_message, answer=body.add_generation_prompt,
+            plain_messages(body.messages), body.template_arguments, goes_on=body.continue_final_message,
+            answer=body.add_generation_prompt, tools=() if use is None else use.shown,
         )  # fmt: skip
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         limit = -1 if body.limit is None else body.limit
-        matcher = await server.matcher(body.schema_asked)
+        if use is None:
+            grammar, tools = _grammar(body), None
+        else:
+            form = await server.prompting.call_form()
+            grammar = grammar_of(use, form, body.schema_asked)
+            tools = ToolWording(form, use.forced, use.named)
+        matcher = await server.matcher(grammar)
         call = server.call(request, body, [ids], limit, logprobs, matcher=matcher)
-        return await _answer(server, body, call, [""] * body.n, chat=True)
+        wording = Wording(server.name, chat=True, tokenizer=server.engine.tokenizer, tools=tools)
+        return await _answer(server, body, call, [""] * body.n, wording)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -47,7 +58,7 @@ def add_completions(app: FastAPI, server: Server) -> None:
         server.check_count(len(body.prompts) * body.n)
         prompts = [await server.prompting.text(p) for p in body.prompts]
         limit = _SHORT if body.max_tokens is None else body.max_tokens
-        matcher = await server.matcher(body.schema_asked)
+        matcher = await server.matcher(_grammar(body))
         call = server.call(
             request, body, prompts, limit, body.logprobs, scored=body.scored, matcher=matcher
         )
@@ -56,13 +67,15 @@ def add_completions(app: FastAPI, server: Server) -> None:
             for p in body.prompts
             for _ in range(body.n)
         ]
-        return await _answer(server, body, call, echoed, chat=False)
+        wording = Wording(server.name, chat=False, tokenizer=server.engine.tokenizer)
+        return await _answer(server, body, call, echoed, wording)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         prompting = server.prompting
         if body.messages is not None:
-            ids = await prompting.chat([m.plain() for m in body.messages], {})
+            shown = [tool.plain() for tool in body.tools]
+            ids = await prompting.chat(plain_messages(body.messages), {}, tools=shown)
         else:
             special = body.add_special or bool(body.add_special_tokens)
             ids = await prompting.bare(body.content or body.prompt or "", special=special)
@@ -75,11 +88,15 @@ def add_completions(app: FastAPI, server: Server) -> None:
         return {"content": text, "prompt": text}
 
 
+def _grammar(body: ChatRequest | CompletionRequest) -> Grammar | None:
+    """What an answer without tools is held to."""
+    return None if body.schema_asked is None else grammar_of_schema(body.schema_asked)
+
+
 async def _answer(
-    server: Server, body: ChatRequest | CompletionRequest, call: Call, texts: list[str], *, chat: bool
+    server: Server, body: ChatRequest | CompletionRequest, call: Call, texts: list[str], wording: Wording
 ) -> Response:  # fmt: skip
     """The response to a call, streamed or whole."""
-    wording = Wording(server.name, chat=chat, tokenizer=server.engine.tokenizer)
     events = call.events()
     first = await anext(events, None)
     if first is None:  # the client has gone
@@ -118,10 +135,7 @@ async def _lines(
         if index in unsaid:  # by its first event a prompt is scored
             unsaid.discard(index)
             found.append(wording.echo(index, texts[index], job))
-        if piece is None:
-            found.append(wording.chunk(index, "", job, last=True))
-        elif piece.text or job.logprobs is not None:
-            found.append(wording.chunk(index, piece.text, job, piece if piece.token >= 0 else None))
+        found += wording.last(index, job) if piece is None else wording.chunks(index, piece, job)
         return found
 
     def sends() -> bool:
@@ -133,9 +147,7 @@ async def _lines(
     lines: list[str] = []
     try:
         if wording.chat:
-            lines += [
-                line(wording.chunk(i, None, job, first=True)) for i, job in enumerate(call.jobs)
-            ]
+            lines += [line(wording.first(i)) for i in range(len(call.jobs))]
         lines += map(line, chunks(*first))
         if sends():
             yield "".join(lines)

@@ -14,7 +14,9 @@ from jinja2 import TemplateError
 
 from acttail.engine import Engine
 from acttail.errors import ActTailError
+from acttail.serve.call_form import CallForm
 from acttail.serve.errors import ApiError
+from acttail.serve.tool_prompts import ToolPrompts
 
 _T = TypeVar("_T")
 # Texts read at once: a slow one delays one other at most, and the event loop never.
@@ -38,6 +40,7 @@ class Prompting:
         self._engine, self._tokenizer = engine, engine.tokenizer
         self._seconds, self._parse = seconds, special_tokens
         self._turn: asyncio.Semaphore | None = None
+        self._tools: tuple[Any, ToolPrompts] | None = None
 
     async def text(self, prompt: str | Sequence[int]) -> torch.Tensor:
         """Token ids [n] int64 of a prompt; ids are checked and taken as they are.
@@ -77,13 +80,14 @@ class Prompting:
 
     async def chat(
         self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any], *, goes_on: bool = False,
-        answer: bool = True,
+        answer: bool = True, tools: Sequence[Mapping[str, Any]] = (),
     ) -> torch.Tensor:  # fmt: skip
         """Token ids [n] int64 of a conversation.
 
         Args:
             messages: as chat templates take them.
             arguments: further variables of the template.
+            tools: as chat templates take them; shown to the model.
             goes_on: leave the last message open, for the model to go on with it.
             answer: begin the assistant's answer.
 
@@ -97,8 +101,17 @@ class Prompting:
                     400, f"{name}: this model's chat template has no such variable; leave it out", param=name
                 )  # fmt: skip
         return await self.run(
-            lambda: self._chat(messages, arguments, goes_on=goes_on, answer=answer), "messages"
+            lambda: self._chat(messages, arguments, tools, goes_on=goes_on, answer=answer), "messages"
         )
+
+    async def call_form(self) -> CallForm:
+        """How the model writes calls of tools.
+
+        Raises:
+            ApiError: the model has no chat template, or it takes too long.
+        """
+        self._template()
+        return await self.run(lambda: self._tool_prompts().form, "tools")
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special ones shown.
@@ -118,17 +131,20 @@ class Prompting:
         return " ".join(found.values()) if isinstance(found, dict) else str(found)
 
     def _chat(
-        self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any], *, goes_on: bool,
-        answer: bool,
+        self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]], *, goes_on: bool, answer: bool,
     ) -> torch.Tensor:  # fmt: skip
         # A text that is no part of any message stands for each special token in one, so that the template
         # sees the messages whole and the tokenizer sees no special token there.
         mark = f"\ue000{secrets.token_hex(8)}:"
-        plain, found = self._masked(messages, mark)
+        (plain, shown), found = self._masked([list(messages), list(tools)], mark)
+        more: Mapping[str, Any] = {}
+        if shown or any("tool_calls" in m or m["role"] == "tool" for m in messages):
+            plain, more = self._tool_prompts().prepared(plain, shown)
         try:
             text = self._tokenizer.apply_chat_template(
                 plain, tokenize=False, add_generation_prompt=answer and not goes_on,
-                continue_final_message=goes_on, **arguments,
+                continue_final_message=goes_on, **more, **arguments,
             )  # fmt: skip
         except TemplateError as error:
             raise ActTailError(f"the chat template refuses the messages: {error}") from error
@@ -147,32 +163,52 @@ class Prompting:
             raise ActTailError("the prompt is empty")
         return torch.tensor(ids, dtype=torch.int64)
 
-    def _masked(
-        self, messages: Sequence[Mapping[str, Any]], mark: str
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """The messages with special tokens of their contents replaced, and those that were."""
+    def _tool_prompts(self) -> ToolPrompts:
+        """What the chat template makes of tools, tried once."""
+        template = self._tokenizer.chat_template
+        if self._tools is None or self._tools[0] != template:
+
+            def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+                shown = {"tools": tools} if tools else {}
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=False, **shown
+                    )
+                )
+
+            self._tools = template, ToolPrompts(render, self._special_names())
+        return self._tools[1]
+
+    def _masked(self, data: Any, mark: str) -> tuple[Any, list[str]]:
+        """Messages and tools with the special tokens in them replaced, and those that were."""
         found: list[str] = []
         special = self._special()
         if self._parse or special is None:
-            return [dict(m) for m in messages], found
+            return data, found
 
         def stand_in(match: re.Match[str]) -> str:
             found.append(match[0])
             return f"{mark}{len(found) - 1}\ue001"
 
-        plain = [
-            {**m, "content": special.sub(stand_in, m["content"])}
-            if isinstance(m.get("content"), str)
-            else dict(m)
-            for m in messages
-        ]
-        return plain, found
+        def masked(value: Any) -> Any:
+            if isinstance(value, str):
+                return special.sub(stand_in, value)
+            if isinstance(value, Mapping):
+                # Templates and tokenizers know roles by name.
+                return {masked(k): v if k == "role" else masked(v) for k, v in value.items()}
+            return [masked(v) for v in value] if isinstance(value, list) else value
 
-    def _special(self) -> "re.Pattern[str] | None":
+        return masked(data), found
+
+    def _special_names(self) -> list[str]:
+        """Names of special tokens, the longest first."""
         added = getattr(self._tokenizer, "added_tokens_decoder", None) or {}
         names = {str(t) for t in added.values() if getattr(t, "special", False)}
         names |= set(self._tokenizer.all_special_tokens)
-        ordered = sorted(filter(None, names), key=len, reverse=True)
+        return sorted(filter(None, names), key=len, reverse=True)
+
+    def _special(self) -> "re.Pattern[str] | None":
+        ordered = self._special_names()
         return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
     def _plain_ids(self, text: str) -> list[int]:

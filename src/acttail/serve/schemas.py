@@ -1,11 +1,14 @@
 """What a request may hold: OpenAI's fields, checked, and a few of our own."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from acttail.engine.sampling import Sampling
-from acttail.serve.unsupported import refusal, refuse_surrogates, refuse_unsupported
+from acttail.serve.bodies import Body, Model
+from acttail.serve.messages import Message, check_calls
+from acttail.serve.tools import ToolChoice, Tools, ToolUse, tool_use
+from acttail.serve.unsupported import refusal
 
 # Ids are kept in 32 bits by every tokenizer; whether the model has one is checked against its vocabulary.
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -18,35 +21,17 @@ _RESERVED = frozenset(
 )  # fmt: skip
 
 
-class _Model(BaseModel):
-    # Unknown fields pass: clients send what one server or another takes. Those that ask for something this
-    # one is known not to do are in unsupported.py.
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-
-class _Body(_Model):
-    @model_validator(mode="before")
-    @classmethod
-    def _clean(cls, data: Any) -> Any:
-        """Take null for absent, as OpenAI's API does, and refuse what no field may hold."""
-        refuse_surrogates(data)
-        if not isinstance(data, dict):
-            return data
-        refuse_unsupported(data)
-        return {name: value for name, value in data.items() if value is not None}
-
-
-class _StreamOptions(_Model):
+class _StreamOptions(Model):
     include_usage: bool | None = None
 
 
-class _JsonSchema(_Model):
+class _JsonSchema(Model):
     name: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
-class _Format(_Model):
+class _Format(Model):
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: _JsonSchema | None = None
 
@@ -59,7 +44,7 @@ class _Format(_Model):
         return self
 
 
-class _Request(_Body):
+class _Request(Body):
     """Fields common to both kinds of completion."""
 
     model: str
@@ -155,35 +140,7 @@ class CompletionRequest(_Request):
         return self.echo and self.logprobs is not None
 
 
-class _Part(_Model):
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, data: Any) -> Any:
-        kind = data.get("type") if isinstance(data, dict) else None
-        if isinstance(kind, str) and kind not in ("text", "refusal"):
-            raise refusal(
-                "messages", f"parts of type {kind[:40]} are not supported by this server; send text"
-            )
-        return data
-
-
-class Message(_Model):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_Part] | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """For a chat template. OpenAI's newer name of the system role is not known to templates."""
-        content = self.content
-        text = content if isinstance(content, str) else "".join(p.text for p in content or [])
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class Conversation(_Body):
+class Conversation(Body):
     """What a chat template reads."""
 
     messages: list[Message] = Field(min_length=1, max_length=10_000)
@@ -205,6 +162,12 @@ class Conversation(_Body):
                 "continue_final_message",
                 "continue_final_message needs an assistant's message at the end",
             )
+        if self.continue_final_message and self.messages[-1].tool_calls:
+            raise refusal(
+                "continue_final_message",
+                "continue_final_message goes on with a text, and the last message has tool_calls",
+            )
+        check_calls(self.messages)
         return self
 
     @property
@@ -219,12 +182,19 @@ class Conversation(_Body):
 class ChatRequest(_Request, Conversation):
     """POST /v1/chat/completions."""
 
+    takes: ClassVar[frozenset[str]] = frozenset(("tools", "tool_choice"))
+
     max_completion_tokens: int | None = Field(None, ge=-1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    _use: ToolUse | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
+        self._use = tool_use(self.tools, self.tool_choice, parallel=self.parallel_tool_calls)
         if self.top_logprobs is not None and not self.logprobs:
             raise refusal("top_logprobs", "top_logprobs needs logprobs")
         return self
@@ -234,13 +204,21 @@ class ChatRequest(_Request, Conversation):
         """New tokens asked for; -1 for as many as there is room for."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What the answer may do with tools; None for nothing."""
+        return self._use
 
-class TokenizeRequest(_Body):
+
+class TokenizeRequest(Body):
     """POST /tokenize: a text, or a conversation as the chat template makes it."""
+
+    takes: ClassVar[frozenset[str]] = frozenset(("tools",))
 
     content: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=10_000)
+    tools: Tools = Field(default_factory=list)
     add_special: bool = False
     add_special_tokens: bool | None = None
 
@@ -249,10 +227,11 @@ class TokenizeRequest(_Body):
         given = [v for v in (self.content, self.prompt, self.messages) if v is not None]
         if len(given) != 1:
             raise refusal("content", "give one of content, prompt and messages")
+        check_calls(self.messages or [])
         return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     tokens: list[TokenId]

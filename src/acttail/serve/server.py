@@ -18,7 +18,7 @@ from acttail.engine.variants import Variants
 from acttail.errors import ActTailError
 from acttail.serve.calls import Call, Mailbox
 from acttail.serve.errors import ApiError
-from acttail.serve.grammars import Grammars, Matcher
+from acttail.serve.grammars import Grammar, Grammars, Matcher
 from acttail.serve.limits import CLIENT
 from acttail.serve.memory import KvMemory, check_room, tokens_within
 from acttail.serve.metrics import Metrics
@@ -178,15 +178,15 @@ class Server:
         call.submit()
         return call
 
-    async def matcher(self, schema: dict[str, Any] | None) -> Matcher | None:
-        """What holds an answer to a schema; None without one.
+    async def matcher(self, grammar: Grammar | None) -> Matcher | None:
+        """What holds an answer to a grammar; None without one.
 
         Raises:
-            ApiError: the schema cannot be used, or what checks it is not installed.
+            ApiError: the grammar cannot be used, or what checks it is not installed.
         """
-        if schema is None:
+        if grammar is None:
             return None
-        return await self.prompting.run(lambda: self.grammars.of_schema(schema), "response_format")
+        return await self.prompting.run(lambda: self.grammars.matcher(grammar), grammar.param)
 
     def _variant(self, sparsity: float | None) -> Engine:
         try:

@@ -1,16 +1,16 @@
 """Fields of OpenAI's API and of other servers that this one does not serve: refused by name, never ignored."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic_core import PydanticCustomError
 
 # Field -> what to do instead. A value that asks for nothing (null, false, empty, 0, "none", "auto") passes.
 _REFUSED: Mapping[str, str] = {
-    "functions": "leave it out",
-    "function_call": "leave it out",
-    "tools": "leave it out",
-    "tool_choice": "leave it out",
+    "functions": "use tools on /v1/chat/completions",
+    "function_call": "use tool_choice on /v1/chat/completions",
+    "tools": "use /v1/chat/completions",
+    "tool_choice": "use /v1/chat/completions",
     "audio": "this server gives text",
     "prediction": "leave it out",
     "web_search_options": "leave it out",
@@ -40,15 +40,19 @@ def refusal(param: str | None, message: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{text}", {"param": param, "text": message})
 
 
-def refuse_unsupported(data: Mapping[str, Any]) -> None:
+def refuse_unsupported(data: Mapping[str, Any], taken: Collection[str] = ()) -> None:
     """Refuse what is asked for and not served.
+
+    Args:
+        data: a body.
+        taken: fields that this kind of request has nevertheless.
 
     Raises:
         PydanticCustomError: names the first such field and what to use instead.
     """
     for name, instead in _REFUSED.items():
         value = data.get(name)
-        if value and value not in _NOTHING:
+        if name not in taken and value and value not in _NOTHING:
             raise refusal(name, f"{name} is not supported by this server; {instead}")
     modalities = data.get("modalities")
     if modalities and modalities != ["text"]:
@@ -78,6 +82,15 @@ def refuse_surrogates(data: Any) -> None:
                 stack += [*found.keys(), *found.values()]
             elif isinstance(found, list):
                 stack += found
+
+
+def depth_of(data: Any) -> int:
+    """How deeply lists and objects of JSON are nested; 0 for a plain value."""
+    depth, level = 0, [data]
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        level = [c for v in level for c in (v.values() if isinstance(v, dict) else v)]
+    return depth
 
 
 def _is_text(value: str) -> bool:

@@ -4,11 +4,14 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from acttail.engine.generation import Piece
 from acttail.engine.protocol import TokenEngine
+from acttail.serve.call_form import CallForm
 from acttail.serve.jobs import Job
+from acttail.serve.tool_calls import CallReader
 from acttail.sparse.rules import kind_of
 
 
@@ -19,10 +22,15 @@ class Wording:
         model: name in the response.
         chat: whether it answers a conversation.
         tokenizer: of the model.
+        tools: how the answers call tools; None where they cannot.
     """
 
-    def __init__(self, model: str, *, chat: bool, tokenizer: Any) -> None:
-        self.chat, self._tokenizer = chat, tokenizer
+    def __init__(
+        self, model: str, *, chat: bool, tokenizer: Any, tools: "ToolWording | None" = None
+    ) -> None:
+        self.chat, self._tokenizer, self._tools = chat, tokenizer, tools
+        # What reads a stream's calls, by choice.
+        self._readers: dict[int, CallReader] = {}
         # Characters of token names that a stream has given so far, by job.
         self._said: dict[int, int] = {}
         self._head: dict[str, Any] = {
@@ -38,32 +46,61 @@ class Wording:
         """A response in one piece."""
         choices = []
         for i, (text, job) in enumerate(zip(texts, jobs, strict=True)):
-            choice: dict[str, Any] = {"index": i, "finish_reason": finish(job)}
+            reader = None if self._tools is None else self._tools.reader()
+            said = {"content": text} if reader is None else reader.whole(text)
+            choice: dict[str, Any] = {"index": i, "finish_reason": self._finish(job, reader)}
             choice["logprobs"] = self._logprobs(pieces[i], job, offset=0)
             if self.chat:
-                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+                choice["message"] = {"role": "assistant", "refusal": None} | said
             else:
                 choice["text"] = text
             choices.append(choice)
         return self._head | {"choices": choices, "usage": usage(jobs), "acttail": timings(jobs)}
 
-    def chunk(
-        self, index: int, text: str | None, job: Job, piece: Piece | None = None, *, first: bool = False,
-        last: bool = False,
-    ) -> dict[str, Any]:  # fmt: skip
+    def first(self, index: int) -> dict[str, Any]:
+        """The event that begins a choice of a conversation's stream."""
+        forced = self._tools is not None and self._tools.forced
+        return self._chunk(index, {"role": "assistant", "content": None if forced else ""})
+
+    def chunks(self, index: int, piece: Piece, job: Job) -> list[dict[str, Any]]:
+        """The events of a stream for a piece of a choice; none if it shows nothing yet."""
+        deltas = self._deltas(index, piece.text)
+        scored = job.logprobs is not None and piece.token >= 0
+        if scored and not deltas:
+            deltas = [{"content" if self.chat else "text": ""}]
+        found = [self._chunk(index, delta) for delta in deltas]
+        if scored:
+            found[0]["choices"][0]["logprobs"] = self._logprobs([piece], job)
+        return found
+
+    def last(self, index: int, job: Job) -> list[dict[str, Any]]:
+        """The events that end a choice of a stream."""
+        found = [self._chunk(index, delta) for delta in self._deltas(index, "", last=True)]
+        end = self._chunk(index, {})
+        end["choices"][0]["finish_reason"] = self._finish(job, self._readers.get(index))
+        return [*found, end | {"acttail": timings([job])}]
+
+    def _deltas(self, index: int, text: str, *, last: bool = False) -> list[dict[str, Any]]:
+        """What a choice says more by further text."""
+        if self._tools is None:
+            return [{"content" if self.chat else "text": text}] if text else []
+        if index not in self._readers:
+            self._readers[index] = self._tools.reader()
+        return self._readers[index].push(text, last=last)
+
+    def _finish(self, job: Job, reader: CallReader | None) -> str:
+        """Why a generation ended."""
+        # Where the request names the one function, OpenAI's API says stop though it is called.
+        calls = self._tools is not None and not self._tools.named and reader is not None and reader.calls
+        return "tool_calls" if calls and finish(job) == "stop" else finish(job)
+
+    def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         """One event of a stream."""
-        choice: dict[str, Any] = {"index": index, "finish_reason": finish(job) if last else None}
-        choice["logprobs"] = self._logprobs([piece], job) if piece is not None else None
-        if self.chat:
-            delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
-            choice["delta"] = delta | ({"content": text} if text is not None and not last else {})
-        else:
-            choice["text"] = text or ""
+        choice: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": None}
+        choice |= {"delta": delta} if self.chat else {"text": ""} | delta
         body: dict[str, Any] = self._head | {"choices": [choice]}
         if self.chat:
             body["object"] = "chat.completion.chunk"
-        if last:
-            body["acttail"] = timings([job])
         return body
 
     def echo(self, index: int, text: str, job: Job) -> dict[str, Any]:
@@ -129,6 +166,25 @@ class Wording:
             "logprob": logprob,
             "bytes": list(name.encode()) if whole else None,
         }
+
+
+@dataclass(frozen=True)
+class ToolWording:
+    """How answers call tools.
+
+    Attributes:
+        form: of the calls in the text.
+        forced: whether there is no text beside them.
+        named: whether the request names the one function.
+    """
+
+    form: CallForm
+    forced: bool
+    named: bool
+
+    def reader(self) -> CallReader:
+        """What reads an answer."""
+        return CallReader(self.form, self.forced)
 
 
 def finish(job: Job) -> str:
