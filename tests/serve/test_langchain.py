@@ -1,8 +1,12 @@
 """LangChain's client of OpenAI servers: what it sends and reads on top of the official client."""
 
-import openai
+import functools
+import operator
+from typing import Literal
+
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from serving import NAME
 
@@ -42,7 +46,27 @@ def test_structured_output_is_what_the_schema_says(url):
     assert isinstance(found["yes"], bool)
 
 
-def test_tools_are_refused_by_name(url):
-    tool = {"name": "weather", "description": "of a place", "parameters": {"type": "object"}}
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
-        chat(url).bind_tools([tool]).invoke("What is the weather?")
+@tool
+def weather(city: Literal["Rome", "Oslo"], days: list[bool]) -> str:
+    """The weather of a city."""
+    return f"rain in {city} for {len(days)} days"
+
+
+@pytest.mark.parametrize("choice", ["any", "weather"])
+def test_bound_tools_are_called_and_answered(url, choice):
+    pytest.importorskip("llguidance")
+    model = chat(url, max_tokens=200).bind_tools(
+        [weather], tool_choice=choice, parallel_tool_calls=False
+    )
+    question = HumanMessage("What is the weather?")
+    answer = model.invoke([question])
+    (call,) = answer.tool_calls
+    assert answer.content == ""
+    assert call["name"] == "weather"
+    found = weather.invoke(call)
+    assert found.content.startswith("rain in ")
+    assert found.tool_call_id == call["id"]
+    streamed = functools.reduce(operator.add, model.stream([question]))
+    assert [c["args"] for c in streamed.tool_calls] == [call["args"]]
+    after = chat(url, max_tokens=4).invoke([question, answer, found])
+    assert after.usage_metadata["output_tokens"] == 4

@@ -13,7 +13,7 @@ from test_batching import job, prompt, run
 from acttail.engine import Generation, Sampling
 from acttail.engine.lossless import LosslessEngine, Speculation
 from acttail.engine.speculation import Drafts, Pace
-from acttail.serve.grammars import Grammars
+from acttail.serve.grammars import Grammars, grammar_of_schema
 from acttail.serve.memory import KvMemory
 from acttail.serve.scheduler import Scheduler
 
@@ -145,7 +145,7 @@ def test_a_schema_holds_within_a_round(engine, dense):
         "required": ["name", "legs"],
         "additionalProperties": False,
     }
-    matcher = Grammars(engine).of_schema(schema)
+    matcher = Grammars(engine).matcher(grammar_of_schema(schema))
     jobs = [job(e, prompt(20, 4), 60, constraint=matcher.copy()) for e in (dense, speaker(engine))]
     for one in jobs:
         run([one])

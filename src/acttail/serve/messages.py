@@ -132,7 +132,7 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         plain = message.plain()
         for call in message.tool_calls or []:
             names[call.id] = call.function.name
-        if message.tool_call_id is not None:
+        if message.role == "tool" and message.tool_call_id is not None:
             plain |= {"tool_call_id": message.tool_call_id, "name": names[message.tool_call_id]}
         found.append(plain)
     return found

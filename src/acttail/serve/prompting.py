@@ -101,7 +101,8 @@ class Prompting:
                     400, f"{name}: this model's chat template has no such variable; leave it out", param=name
                 )  # fmt: skip
         return await self.run(
-            lambda: self._chat(messages, arguments, tools, goes_on=goes_on, answer=answer), "messages"
+            lambda: self._chat(messages, arguments, tools, goes_on=goes_on, answer=answer),
+            "messages",
         )
 
     async def call_form(self) -> CallForm:

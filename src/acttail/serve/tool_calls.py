@@ -36,7 +36,12 @@ class CallReader:
         """
         self._rest += text
         found: list[Delta] = []
-        steps = {"text": self._text, "name": self._name, "arguments": self._arguments, "after": self._after}
+        steps = {
+            "text": self._text,
+            "name": self._name,
+            "arguments": self._arguments,
+            "after": self._after,
+        }
         while True:
             before = self._at
             found += steps[before](last)

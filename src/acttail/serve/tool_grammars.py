@@ -32,7 +32,11 @@ def grammar_of(use: ToolUse, form: CallForm, schema: Mapping[str, Any] | None) -
         lines += [f"start: answer | {tag} call{more}", f"answer: {json_rule(schema)}"]
     else:
         # A lazy rule ends with the first tag, so no text goes past one.
-        lines += [f"start: TEXT | opened call{more}", f"opened[lazy]: TEXT {tag}", r"TEXT: /(.|\n)*/"]
+        lines += [
+            f"start: TEXT | opened call{more}",
+            f"opened[lazy]: TEXT {tag}",
+            r"TEXT: /(.|\n)*/",
+        ]
     lines.append("call: " + " | ".join(f"call_{i}" for i in use.functions))
     parts = {} if schema is None or use.forced else {"response_format": schema}
     for i, function in use.functions.items():

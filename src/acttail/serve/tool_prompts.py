@@ -64,7 +64,11 @@ class ToolPrompts:
             role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
         # Several answers, and what the user says after them, are one turn: some templates refuse two of a role.
         if role == "user" and found and found[-1].get("answers"):
-            found[-1] = {"role": role, "content": f"{found[-1]['content']}\n{content}", "answers": answers}
+            found[-1] = {
+                "role": role,
+                "content": f"{found[-1]['content']}\n{content}",
+                "answers": answers,
+            }
         else:
             found.append({"role": role, "content": content, "answers": answers})
 

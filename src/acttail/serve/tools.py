@@ -49,7 +49,9 @@ class Function(Model):
         """
         schema = {"type": "object"} | self.schema_shown
         named, wanted = schema.get("properties"), schema.get("required", [])
-        whole = isinstance(named, dict) and isinstance(wanted, list) and all(w in named for w in wanted)
+        whole = (
+            isinstance(named, dict) and isinstance(wanted, list) and all(w in named for w in wanted)
+        )
         if whole and not _OPEN & set(schema):
             schema["additionalProperties"] = False
         return schema

@@ -91,7 +91,12 @@ class Wording:
     def _finish(self, job: Job, reader: CallReader | None) -> str:
         """Why a generation ended."""
         # Where the request names the one function, OpenAI's API says stop though it is called.
-        calls = self._tools is not None and not self._tools.named and reader is not None and reader.calls
+        calls = (
+            self._tools is not None
+            and not self._tools.named
+            and reader is not None
+            and reader.calls
+        )
         return "tool_calls" if calls and finish(job) == "stop" else finish(job)
 
     def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
