@@ -113,6 +113,17 @@ def test_answers_as_a_single_server(url, engine):
     assert "<html" in httpx.get(f"{url}/").text.lower()
 
 
+def test_tools_are_called_through_it(url):
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    tool = {"type": "function", "function": {"name": "say", "parameters": schema}}
+    body = chat(tools=[tool], tool_choice="required", parallel_tool_calls=False, max_tokens=80)
+    (choice,) = post(url, body).json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert set(json.loads(call["function"]["arguments"])) == {"yes"}
+
+
 def test_a_stream_comes_token_by_token(url):
     seen = []
     body = chat(stream=True, max_tokens=2000)

@@ -5,7 +5,12 @@ import sys
 
 import openai
 import pytest
+import torch
+from byte_tokens import byte_tokenizer
 from serving import MESSAGES, NAME, error_of, post
+
+from acttail.engine.light_tokenizer import read_light, write_light
+from acttail.serve.grammars import Grammar, Grammars, grammar_of_schema
 
 SCHEMA = {
     "type": "object",
@@ -66,3 +71,41 @@ def test_json_objects_and_schemas_that_cannot_be(client):
         with pytest.raises(openai.BadRequestError) as error:
             ask(client, {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
         assert error.value.body["param"] == "response_format"
+
+
+def allowed(engine, grammar, text):
+    """Ids that may follow a text."""
+    matcher = Grammars(engine).matcher(grammar)
+    for token in engine.tokenizer(text)["input_ids"]:
+        matcher.accept(token)
+    return set(
+        matcher.masked(torch.zeros(engine.vocabulary)).isfinite().nonzero().flatten().tolist()
+    )
+
+
+def test_kept_tokenizers_are_known(engine, tmp_path, monkeypatch):
+    """Those of GGUF files and converted models, which are not transformers'."""
+    pytest.importorskip("llguidance")
+    grammar = grammar_of_schema(SCHEMA)
+    expected = allowed(engine, grammar, '{"name":"')
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    assert write_light(tmp_path, tokenizer)
+    monkeypatch.setattr(engine, "tokenizer", read_light(tmp_path))
+    assert allowed(engine, grammar, '{"name":"') == expected
+    assert sorted(map(engine.tokenizer.decode, expected)) == ["d", "f"]
+
+
+def test_tokens_that_look_like_tags_are_text(engine, monkeypatch):
+    pytest.importorskip("llguidance")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    monkeypatch.setattr(engine, "tokenizer", tokenizer)
+    monkeypatch.setattr(engine, "vocabulary", 260)
+    text = Grammar("%llguidance {}\nstart: /[^x]+/\n", "tools", {})
+    found = allowed(engine, text, "a<think>")
+    assert tokenizer.convert_tokens_to_ids("<think>") in found
+    assert not {0, 1} & found
+    assert tokenizer.convert_tokens_to_ids("x") not in found
+    forced = Grammar('%llguidance {}\nstart: "<think>" "."\n', "tools", {})
+    assert allowed(engine, forced, "") == {tokenizer.convert_tokens_to_ids("<think>")}

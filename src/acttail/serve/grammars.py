@@ -58,30 +58,49 @@ class Grammars:
         self._tokens: Any = None
         self._lock = threading.Lock()
 
+    def prepare(self, param: str) -> None:
+        """Make the model's tokens known to llguidance; takes up to some ten seconds the first time.
+
+        Args:
+            param: field of the request that needs it.
+
+        Raises:
+            ActTailError: llguidance is not there, or cannot use this tokenizer.
+        """
+        _library(param)
+        with self._lock:
+            if self._tokens is None:
+                self._tokens = _tokens(self._engine, param)
+
     def matcher(self, grammar: Grammar) -> "Matcher":
-        """What holds an answer to a grammar; takes a second or two the first time.
+        """What holds an answer to a grammar.
 
         Raises:
             ActTailError: llguidance is not there, or cannot use this grammar or this tokenizer.
         """
-        param = grammar.param
-        try:
-            from llguidance import LLMatcher
-        except ImportError as error:
-            raise ActTailError(
-                f"{param} needs llguidance, which this server lacks: pip install 'acttail[structured]'"
-            ) from error
-        with self._lock:
-            if self._tokens is None:
-                self._tokens = _tokens(self._engine, param)
-        matcher = LLMatcher(self._tokens, grammar.text, log_level=0)
+        self.prepare(grammar.param)
+        compiled = _library(grammar.param).LLMatcher
+        matcher = compiled(self._tokens, grammar.text, log_level=0)
         if not matcher.is_error():
             return Matcher(matcher)
         for where, schema in grammar.schemas.items():
-            alone = LLMatcher(self._tokens, grammar_of_schema(schema).text, log_level=0)
+            alone = compiled(self._tokens, grammar_of_schema(schema).text, log_level=0)
             if alone.is_error():
                 raise ActTailError(f"{where}: the schema cannot be used: {_reason(alone)}")
-        raise ActTailError(f"{param}: the schemas cannot be used together: {_reason(matcher)}")
+        raise ActTailError(
+            f"{grammar.param}: the schemas cannot be used together: {_reason(matcher)}"
+        )
+
+
+def _library(param: str) -> Any:
+    """llguidance, for a field of a request that needs it."""
+    try:
+        import llguidance
+    except ImportError as error:
+        raise ActTailError(
+            f"{param} needs llguidance, which this server lacks: pip install 'acttail[structured]'"
+        ) from error
+    return llguidance
 
 
 def _reason(matcher: Any) -> str:
@@ -91,41 +110,49 @@ def _reason(matcher: Any) -> str:
 
 
 def _tokens(engine: Engine, param: str) -> Any:
-    """A model's tokens for llguidance."""
+    """A model's tokens for llguidance.
+
+    By itself it takes every added token that looks like a tag for a special one, which no text has. Models write
+    ``<tool_call>`` and ``<think>`` by such tokens, and they are text to everybody else.
+    """
     from llguidance import LLTokenizer, TokenizerWrapper
 
-    tokenizer = engine.tokenizer
+    tokenizer, count = engine.tokenizer, engine.vocabulary
     eos = sorted(engine.eos) or [tokenizer.eos_token_id]
     try:
-        described = tokenizer.backend_tokenizer.to_str()
-        plain = LLTokenizer(described, n_vocab=engine.vocabulary, eos_token=eos)
-        wrapped = TokenizerWrapper(_Tokens(plain, described, eos[0]))
-        return LLTokenizer(wrapped, n_vocab=engine.vocabulary, eos_token=eos)
+        backend = tokenizer.backend_tokenizer
+        plain = LLTokenizer(_described(backend), n_vocab=count, eos_token=eos)
+        added = backend.get_added_tokens_decoder()
+        text = {i: t.content.encode() for i, t in added.items() if not t.special}
+        if not any(map(plain.is_special_token, text)):
+            return plain
+        wrapped = TokenizerWrapper(_Tokens(backend, plain, text, eos[0]))
+        return LLTokenizer(wrapped, n_vocab=count, eos_token=eos)
     except (AttributeError, ValueError, TypeError) as error:
         raise ActTailError(f"{param} does not work with this model's tokenizer: {error}") from error
+
+
+def _described(backend: Any) -> str:
+    """A tokenizer as tokenizers writes it, without what it does to several texts."""
+    described = str(backend.to_str())
+    if backend.truncation is None and backend.padding is None:
+        return described
+    return json.dumps(json.loads(described) | {"truncation": None, "padding": None})
 
 
 class _Tokens:
     """A tokenizer as llguidance takes one that it does not know.
 
-    By itself it takes every added token that looks like a tag for a special one, which no text has. Models write
-    ``<tool_call>`` and ``<think>`` by such tokens, and they are text to everybody else.
-
     Args:
+        backend: of tokenizers.
         plain: llguidance's own view of the tokens.
-        described: the tokenizer as tokenizers writes it.
+        text: what added tokens say that are not special, by id.
         eos: the token that ends a text.
     """
 
-    def __init__(self, plain: Any, described: str, eos: int) -> None:
-        from tokenizers import Tokenizer
-
-        self._backend = Tokenizer.from_str(described)
-        self._backend.no_truncation()
-        self._backend.no_padding()
+    def __init__(self, backend: Any, plain: Any, text: Mapping[int, bytes], eos: int) -> None:
+        self._backend = backend
         self.eos_token_id, self.bos_token_id = eos, None
-        added = self._backend.get_added_tokens_decoder()
-        text = {i: t.content.encode() for i, t in added.items() if not t.special}
         ids = range(plain.vocab_size)
         self.tokens = [text.get(i) or plain.decode_bytes([i]) for i in ids]
         self.special_token_ids = [i for i in ids if plain.is_special_token(i) and i not in text]

@@ -106,6 +106,7 @@ class Server:
             engine, seconds=options.prompt_seconds, special_tokens=options.special_tokens
         )
         self.grammars = Grammars(engine)
+        self._preparing: asyncio.Lock | None = None
 
     def _deliver(self) -> None:
         """Hand on what jobs have emitted; called from the scheduler's thread."""
@@ -186,6 +187,14 @@ class Server:
         """
         if grammar is None:
             return None
+        lock = self._preparing = self._preparing or asyncio.Lock()
+        try:
+            async with (
+                lock
+            ):  # beyond the deadline of a request's text, and in one thread however many wait
+                await asyncio.to_thread(self.grammars.prepare, grammar.param)
+        except ActTailError as error:
+            raise ApiError(400, str(error), param=grammar.param) from error
         return await self.prompting.run(lambda: self.grammars.matcher(grammar), grammar.param)
 
     def _variant(self, sparsity: float | None) -> Engine:
