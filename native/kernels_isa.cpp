@@ -48,6 +48,7 @@ using namespace acttail;
 #include "quads.inc"
 #include "vnni.inc"
 #endif
+#include "entries.inc"
 #include "blocks.inc"
 #if defined(__AVX512VNNI__)
 #include "bytes.inc"
