@@ -11,10 +11,11 @@ from acttail.evaluate.bench import run_bench
 from acttail.evaluate.forecast import FORECAST, fit, forecast_of, priced, speed_goal
 from acttail.evaluate.request import PlanRequest, requested
 from acttail.model.opened import open_model
+from acttail.sparse.backends.abi import NEVER
 
 
 def crossover(ratios, density=1.0):
-    return Crossover(shape_for("bf16", 64, 64), density, ratios, 1e-5)
+    return Crossover(shape_for("bf16", 64, 64), density, ratios, 1e-5, NEVER, {})
 
 
 def test_the_line_through_uniform_budgets():

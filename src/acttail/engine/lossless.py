@@ -221,7 +221,7 @@ class Speculation:
             sure = [confidence] * len(tokens)
             other = pace.worth_drafting(_SPARSE, room) if engine.draft is not None else 0.0
             n = pace.keep(source, sure, room)
-            if n and pace.worth(source, sure, room) >= other:
+            if n and (pace.trying(source) or pace.worth(source, sure, room) >= other):
                 return source, [Proposal(t, None, confidence) for t in tokens[:n]], 0.0
         if engine.draft is None or not pace.wants(_SPARSE, [], room):
             return "", [], 0.0

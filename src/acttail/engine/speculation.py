@@ -20,6 +20,9 @@ _BINS = 8
 # Rounds after which a source is judged, drafts of each; plain tokens until it is tried again, for half as many
 # rounds, doubled each time it fails.
 _TRIAL, _TRIED, _PAUSE, _LONGEST_PAUSE = 6, 3, 16, 512
+# Rounds by which a source is judged, and how many times the median's seconds one of them counts at most: a machine that
+# did something else for a moment says nothing about drafts.
+_JUDGED, _SLOWEST = 32, 3
 # Rounds between plain tokens that say what one costs by now.
 _REFRESHED = 32
 
@@ -83,11 +86,11 @@ class _Source:
 
     mean: _Chance = field(default_factory=lambda: _Chance(_PRIOR))
     bins: dict[int, _Chance] = field(default_factory=dict)
-    tokens: float = 0.0
-    seconds: float = 0.0
+    log: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_JUDGED))
     rounds: int = 0
     pause: int = _PAUSE
     sleeps: int = 0
+    unheard: int = 0
 
     def chance(self, confidence: float) -> _Chance:
         at = min(int(confidence * _BINS), _BINS - 1)
@@ -130,8 +133,9 @@ class Pace:
         """A round of drafting and verifying, and what came of it."""
         s = self._of(source)
         self._since_plain += 1
-        s.tokens, s.seconds = s.tokens * _FADING + tokens, s.seconds * _FADING + seconds
+        s.log.append((tokens, seconds))
         s.rounds += 1
+        s.unheard = 0
         gain = self.gain(source)
         if self.fixed is not None or gain is None or s.rounds < _TRIAL:
             return
@@ -139,18 +143,33 @@ class Pace:
             s.pause = _PAUSE
             return
         s.sleeps, s.pause = s.pause, min(2 * s.pause, _LONGEST_PAUSE)
-        s.rounds, s.tokens, s.seconds = _TRIAL // 2, 0.0, 0.0
+        s.rounds = _TRIAL // 2
+        s.log.clear()
 
     def note_plain(self) -> None:
-        """A token was decoded without drafts."""
+        """A token was decoded without drafts.
+
+        A source from which nothing was wanted for a while gets one more round: what its passes cost was perhaps measured at
+        a bad moment, and would never be measured again.
+        """
         self._since_plain = 0
-        for source in self._sources.values():
-            source.sleeps = max(0, source.sleeps - 1)
+        for s in self._sources.values():
+            s.sleeps = max(0, s.sleeps - 1)
+            s.unheard += 1
+            if s.unheard >= s.pause and s.rounds >= _TRIAL:
+                s.rounds, s.unheard = _TRIAL - 1, 0
+                s.pause = min(2 * s.pause, _LONGEST_PAUSE)
 
     def gain(self, source: str) -> float | None:
         """Speed of a source's rounds over plain decoding, None if either was not seen."""
-        plain, s = self._median(self._passes.get(1)), self._of(source)
-        return s.tokens * plain / s.seconds if plain and s.seconds else None
+        plain, log = self._median(self._passes.get(1)), self._of(source).log
+        most = _SLOWEST * self._median([seconds for _, seconds in log])
+        seconds = sum(min(s, most) for _, s in log)
+        return sum(n for n, _ in log) * plain / seconds if plain and seconds else None
+
+    def trying(self, source: str) -> bool:
+        """Whether a source drafts to be judged, whatever is expected of it."""
+        return self.fixed is None and self._of(source).rounds < _TRIAL
 
     def wants(self, source: str, drafts: Sequence[float], room: int) -> bool:
         """Whether one more draft is worth making.
