@@ -13,7 +13,7 @@ import math
 import time
 
 import torch
-from common import TEXTS, On, Rows, fill, label, options
+from common import FITTED, TEXTS, On, Rows, fill, label, options
 
 import acttail
 from acttail.allocate import AllocationContext, make_plan
@@ -76,8 +76,9 @@ class Bench:
                 )
                 self.context.calibration = self.short if rule == "threshold" else self.calibration
             plan = make_plan(
-                self.model, request, allocator=name, rule=rule, context=self.context, head=False
-            )
+                self.model, request, allocator=name, arguments=FITTED.get(name), rule=rule, context=self.context,
+                head=False,
+            )  # fmt: skip
             acttail.sparsify_(self.model, plan, check_contents=False)
         seconds = time.perf_counter() - started
         metrics = ("perplexity",) if name == "dense" else ("perplexity", "kl", "top1")

@@ -10,7 +10,7 @@ Appends to downstream.csv and skips what is there.
 import itertools
 
 import numpy as np
-from common import On, Rows, fill, label, options
+from common import FITTED, On, Rows, fill, label, options
 
 import acttail
 from acttail.allocate import AllocationContext, make_plan
@@ -36,7 +36,14 @@ def measure(args, rows, folder):
         if not todo:
             continue
         if name != "dense":
-            plan = make_plan(model, sparsity, allocator=name, context=context, head=False)
+            plan = make_plan(
+                model,
+                sparsity,
+                allocator=name,
+                arguments=FITTED.get(name),
+                context=context,
+                head=False,
+            )
             acttail.sparsify_(model, plan, check_contents=False)
         for task in todo:
             (result,) = evaluate_tasks(
