@@ -5,6 +5,9 @@ from acttail.cli.dtypes import EngineDtype
 from acttail.cli.options import Group, Json, Model
 from acttail.cli.progress import work
 
+# Of the densities that are measured; --json has all.
+_SHOWN = (0.9, 0.7, 0.5, 0.2)
+
 
 def tune(
     model: Model,
@@ -37,16 +40,19 @@ def tune(
         return
     from rich.table import Table
 
-    table = Table(title=f"time of sparse over dense by density, {dtype}")
-    table.add_column("inputs x outputs")
-    densities = list(found[0].ratios)
-    for d in densities:
-        table.add_column(f"{d:g}", justify="right")
-    table.add_column("dense above", justify="right")
-    table.add_column("together from", justify="right")
+    table = Table(
+        title=f"kernels, {dtype}", box=None,
+        caption="sparse over dense: time by the share of rows that is kept. Dense above: that share from which on the dense "
+        "kernel is taken. Together from: sequences whose rows are read once though their lists differ.",
+    )  # fmt: skip
+    table.add_column("inputs x outputs", no_wrap=True)
+    for d in _SHOWN:
+        table.add_column(f"at {d:g}", justify="right", no_wrap=True)
+    table.add_column("dense above", justify="right", no_wrap=True)
+    table.add_column("together from", justify="right", no_wrap=True)
     for c in found:
         table.add_row(
-            f"{c.shape.rows} x {c.shape.columns}", *(f"{c.ratios[d]:.2f}" for d in densities),
+            f"{c.shape.rows} x {c.shape.columns}", *(f"{c.ratios[d]:.2f}" for d in _SHOWN),
             f"{c.density:g}" if c.density < 1 else "never",
             str(c.together) if c.together < NEVER else "never",
         )  # fmt: skip
