@@ -51,7 +51,8 @@ def half(scene, target, version):
     """A writer that does not do as it should."""
     for name in ("a", "b"):
         (target / name).write_text(version)
-        kill.time.sleep(0.3)  # long beside what starting takes on a busy machine, or no kill meets it
+        # Long beside what starting takes on a busy machine, or no kill meets it.
+        kill.time.sleep(0.3)
 
 
 def late(scene, target, version):
