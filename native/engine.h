@@ -13,6 +13,9 @@ enum acttail_rule {
   ACTTAIL_THRESHOLD = 2,  // the entries with |x| > threshold
 };
 
+// Of acttail_matrix.together.
+#define ACTTAIL_NEVER 1073741824
+
 enum acttail_activation {
   ACTTAIL_SILU = 0,
   ACTTAIL_GELU_TANH = 1,
@@ -34,8 +37,6 @@ enum acttail_activation {
 //   [columns]. Others: scale * level + minimum. Levels without minima count from the middle.
 // Numbers of groups are rounded up: the last of each may be shorter. Our own four bits (acttail_fit) are Q4_K with
 // scales and minima of seven bits within a super-block instead of six.
-#define ACTTAIL_NEVER 1073741824
-
 struct acttail_matrix {
   int32_t format;  // 0 fp32, 1 bf16, 2 int8, 3 int4, 4 Q4_K, 5 Q5_K, 6 Q6_K, 7 Q5_0, 8 Q5_1 (formats.hpp)
   int32_t group;   // inputs that share a scale; 0 without scales

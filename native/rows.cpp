@@ -45,6 +45,15 @@ int decode_rows(const acttail_matrix& m, int64_t first, int64_t last, int64_t be
   return ACTTAIL_OK;
 }
 
+// Whether `count` rows of a matrix and columns begin .. end can be added up for `batch` vectors.
+bool addable(const acttail_matrix* m, const float* x, int64_t count, int64_t begin, int64_t end, const float* y,
+             int64_t batch) {
+  if (m == nullptr || !acttail::usable(*m) || (x == nullptr && count > 0) || y == nullptr) return false;
+  const int64_t block = acttail::kFormatTraits[m->format].block;
+  return count >= 0 && count <= m->rows && begin >= 0 && end >= begin && end <= m->columns && begin % block == 0 &&
+         end % block == 0 && batch >= 1 && batch <= acttail::kMostTogether;
+}
+
 }  // namespace
 
 extern "C" {
@@ -61,12 +70,7 @@ int acttail_decode_rows(const acttail_matrix* m, int64_t first, int64_t last, in
 
 int acttail_add_rows(const acttail_matrix* m, const int32_t* index, const float* x, int64_t count,
                      int64_t begin, int64_t end, float* y, int64_t batch, int64_t stride) {
-  if (m == nullptr || !acttail::usable(*m) || (x == nullptr && count > 0) || y == nullptr ||
-      count < 0 || count > m->rows || begin < 0 || end < begin || end > m->columns ||
-      begin % acttail::kFormatTraits[m->format].block ||
-      end % acttail::kFormatTraits[m->format].block || batch < 1 || batch > acttail::kMostTogether) {
-    return ACTTAIL_BAD_ARGUMENT;
-  }
+  if (!addable(m, x, count, begin, end, y, batch)) return ACTTAIL_BAD_ARGUMENT;
   if (batch == 1) {
     acttail::kernels().add_rows(*m, {index, x, count, 0}, begin, end, y);
     return ACTTAIL_OK;
@@ -87,12 +91,7 @@ int acttail_add_rows(const acttail_matrix* m, const int32_t* index, const float*
 
 int acttail_add_lists(const acttail_matrix* m, const int32_t* index, const float* x, int64_t count, int64_t begin,
                       int64_t end, float* y, int64_t batch, int64_t stride) {
-  if (m == nullptr || !acttail::usable(*m) || ((x == nullptr || index == nullptr) && count > 0) || y == nullptr ||
-      count < 0 || count > m->rows || begin < 0 || end < begin || end > m->columns ||
-      begin % acttail::kFormatTraits[m->format].block || end % acttail::kFormatTraits[m->format].block || batch < 1 ||
-      batch > acttail::kMostTogether) {
-    return ACTTAIL_BAD_ARGUMENT;
-  }
+  if (!addable(m, x, count, begin, end, y, batch) || (index == nullptr && count > 0)) return ACTTAIL_BAD_ARGUMENT;
   return acttail::guarded([&] {
     // Kept: a call that is timed should not fill 256 KB with zeros first.
     static thread_local std::vector<int32_t> scratch(static_cast<size_t>(acttail::kTogetherScratch));
