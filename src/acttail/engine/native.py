@@ -200,21 +200,24 @@ class NativeDecoder:
     def _table_norms(self) -> torch.Tensor:
         """[hidden] norms of the columns of a head that is kept by outputs."""
         layout = self.packed.layout
-        name, shape = layout.head_name, layout.head_shape
         squares = torch.zeros(layout.spec.hidden)
-        for part in torch.arange(shape.rows).split(_TABLE_ROWS):  # type: ignore[no-untyped-call]
-            picked = {k: t.index_select(0, part) for k, t in self.packed.matrix(name).items()}
-            values = unpack(picked, replace(shape, rows=len(part)))
-            squares += values[:, : layout.spec.hidden].square().sum(0)
+        for part in torch.arange(layout.head_shape.rows).split(_TABLE_ROWS):  # type: ignore[no-untyped-call]
+            squares += self._table_rows(layout.head_name, part).square().sum(0)
         return squares.sqrt()
+
+    def _table_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] float32, rows of a matrix that is kept by outputs."""
+        layout = self.packed.layout
+        picked = {k: t.index_select(0, rows) for k, t in self.packed.matrix(name).items()}
+        values = unpack(picked, replace(layout.shapes[name], rows=len(rows)))
+        return values[:, : layout.spec.hidden]
 
     def rows(
         self, name: str, first: int, last: int, begin: int, end: int, dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Rows of an input-major matrix as [last - first, end - begin] bfloat16 or float32."""
-        shape = self.packed.layout.shapes[name]
-        struct = matrix_struct(self.packed.matrix(name), shape)
+        struct = self.matrix(name)
         if out is None:
             out = torch.empty(last - first, end - begin, dtype=dtype)
         code = self.lib.acttail_decode_rows(
@@ -233,27 +236,24 @@ class NativeDecoder:
         """
         layout = self.packed.layout
         if not layout.gathered:
-            shape = layout.shapes[EMBEDDING]
-            tensors = self.packed.matrix(EMBEDDING)
-            picked = {k: t.index_select(0, tokens) for k, t in tensors.items()}
-            values = unpack(picked, replace(shape, rows=len(tokens)))
-            return values[:, : layout.spec.hidden]
+            return self._table_rows(EMBEDDING, tokens)
         out, tokens = torch.empty(len(tokens), layout.spec.hidden), tokens.contiguous()
         code = self.lib.acttail_gather_columns(
-            ctypes.byref(self._matrix(HEAD_MATRIX)), tokens.data_ptr(), len(tokens), out.data_ptr(),
+            ctypes.byref(self.matrix(HEAD_MATRIX)), tokens.data_ptr(), len(tokens), out.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         if code:
             raise RuntimeError(f"native gather_columns: {abi.reason(code)}")
         return out
 
-    def _matrix(self, name: str) -> abi.Matrix:
+    def matrix(self, name: str) -> abi.Matrix:
+        """The struct of a packed matrix, which the decoder's weights must outlive."""
         return matrix_struct(self.packed.matrix(name), self.packed.layout.shapes[name])
 
     def _fused(self, stage: str) -> Fused:
         layout, found, at = self.packed.layout, Fused(), 0
         for name in layout.matrices(stage):
-            struct = matrix_struct(self.packed.matrix(name), layout.shapes[name])
+            struct = self.matrix(name)
             struct.together = self._together.get(name, 0)
             found.matrix[found.matrices] = struct
             found.matrices += 1
@@ -308,8 +308,8 @@ class NativeDecoder:
         for rope, (frequencies, scale) in zip(ropes, spec.ropes, strict=True):
             rope.inv_freq = self._float(torch.tensor(frequencies))
             rope.half, rope.scale = len(frequencies), scale
-        embedding = abi.Matrix() if layout.gathered else self._matrix(EMBEDDING)
-        head = self._matrix(layout.head_name) if layout.head_shape.output_major else abi.Matrix()
+        embedding = abi.Matrix() if layout.gathered else self.matrix(EMBEDDING)
+        head = self.matrix(layout.head_name) if layout.head_shape.output_major else abi.Matrix()
         self._held += [blocks, ropes]
         head_input = Fused()
         if HEAD_MATRIX in layout.segments:

@@ -17,7 +17,6 @@ from acttail.engine.layout import HEAD_BIAS, HEAD_MATRIX, POSITIONS, ROUTER
 from acttail.engine.native import NativeDecoder, attention_offsets, mlp_offsets
 from acttail.engine.shapes import Shape
 from acttail.engine.spec import BlockSpec, DecoderSpec, mlp_norm_of
-from acttail.engine.transcode import matrix_struct
 from acttail.model.precision import fast_dtype
 from acttail.sparse.backends import abi
 from acttail.sparse.rules import Dense
@@ -124,17 +123,14 @@ class Prefill:
         name, shape = packed.layout.head_name, packed.layout.head_shape
         spec = self.spec
         if not shape.output_major:
-            return (
-                self._by_rows(hidden, name, shape)
-                if len(hidden) == 1
-                else self._by_inputs(hidden, name, shape)
-            )
+            by = self._by_rows if len(hidden) == 1 else self._by_inputs
+            return by(hidden, name, shape)
         stored = shape.format.torch_dtype
         if stored is not None and len(hidden) > 1:
             weights = packed.tensors[f"{name}.weight"].view(stored)
             out = (hidden @ weights[:, : spec.hidden].T.to(hidden.dtype)).float()
         else:
-            struct = matrix_struct(packed.matrix(name), shape)
+            struct = self.decoder.matrix(name)
             out = torch.empty(len(hidden), spec.vocabulary)
             x = F.pad(hidden.float(), (0, shape.columns - spec.hidden)).contiguous()
             for row, to in zip(x, out, strict=True):
@@ -152,7 +148,7 @@ class Prefill:
         index = x.nonzero()[:, 0]
         out, kept = torch.zeros(1, shape.columns), x[index].contiguous()
         rows = index.to(torch.int32)
-        struct = matrix_struct(self.decoder.packed.matrix(name), shape)
+        struct = self.decoder.matrix(name)
         for begin in range(0, shape.columns, _HEAD_COLUMNS):
             code = self.decoder.lib.acttail_add_rows(
                 ctypes.byref(struct), rows.data_ptr() if len(kept) < shape.rows else None, kept.data_ptr(), len(kept),

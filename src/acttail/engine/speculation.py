@@ -187,7 +187,7 @@ class Pace:
         s = self._of(source)
         if self._silent(s):
             return False
-        if s.rounds < _TRIAL:
+        if self.trying(source):
             return n < _TRIED
         reached = self._reached(s, drafts)[-1]
         return reached * s.mean.value * self._token(source) > self._draft(source) + self._added(
@@ -208,7 +208,7 @@ class Pace:
         s = self._of(source)
         if self._silent(s):
             return 0
-        if s.rounds < _TRIAL:
+        if self.trying(source):
             return min(n, _TRIED)
         reached = self._reached(s, drafts)
         while n and reached[n] * self._token(source) <= self._added(n):
