@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from acttail.serve.bodies import Model
-from acttail.serve.unsupported import depth_of, refusal, refuse_surrogates
+from acttail.serve.unsupported import depth_of, refusal, refuse_kind, refuse_surrogates
 
 # Nesting of what a client sends to be rendered; far beyond any tool, far within Python's recursion.
 DEEPEST = 64
@@ -20,11 +20,7 @@ class _Part(Model):
     @model_validator(mode="before")
     @classmethod
     def _only_text(cls, data: Any) -> Any:
-        kind = data.get("type") if isinstance(data, dict) else None
-        if isinstance(kind, str) and kind not in ("text", "refusal"):
-            raise refusal(
-                "messages", f"parts of type {kind[:40]} are not supported by this server; send text"
-            )
+        refuse_kind(data, ("text", "refusal"), "messages", "parts of type {} are", "send text")
         return data
 
 

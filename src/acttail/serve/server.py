@@ -189,9 +189,8 @@ class Server:
             return None
         lock = self._preparing = self._preparing or asyncio.Lock()
         try:
-            async with (
-                lock
-            ):  # beyond the deadline of a request's text, and in one thread however many wait
+            # Beyond the deadline of a request's text, and in one thread however many wait.
+            async with lock:
                 await asyncio.to_thread(self.grammars.prepare, grammar.param)
         except ActTailError as error:
             raise ApiError(400, str(error), param=grammar.param) from error

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, model_validator
 
 from acttail.serve.bodies import Model
 from acttail.serve.messages import DEEPEST
-from acttail.serve.unsupported import depth_of, refusal
+from acttail.serve.unsupported import depth_of, refusal, refuse_kind
 
 # OpenAI's own limit of their number.
 _MOST = 128
@@ -116,12 +116,8 @@ class NamedChoice(Model):
     @model_validator(mode="before")
     @classmethod
     def _only_functions(cls, data: Any) -> Any:
-        kind = data.get("type") if isinstance(data, Mapping) else None
-        if isinstance(kind, str) and kind != "function":
-            raise refusal(
-                "tool_choice",
-                f"tool_choice of type {kind[:40]} is not supported by this server; use none, auto, required or a function",
-            )
+        instead = "use none, auto, required or a function"
+        refuse_kind(data, ("function",), "tool_choice", "tool_choice of type {} is", instead)
         return data
 
 

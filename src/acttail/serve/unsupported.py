@@ -40,6 +40,24 @@ def refusal(param: str | None, message: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{text}", {"param": param, "text": message})
 
 
+def refuse_kind(data: Any, taken: Collection[str], param: str, said: str, instead: str) -> None:
+    """Refuse a part of a body whose type is none that is served; what has none is left to its schema.
+
+    Args:
+        data: the part.
+        taken: types that are served.
+        param: field of the request.
+        said: what is refused, with a place for the type.
+        instead: what to do.
+
+    Raises:
+        PydanticCustomError: it is of another type.
+    """
+    kind = data.get("type") if isinstance(data, Mapping) else None
+    if isinstance(kind, str) and kind not in taken:
+        raise refusal(param, f"{said.format(kind[:40])} not supported by this server; {instead}")
+
+
 def refuse_unsupported(data: Mapping[str, Any], taken: Collection[str] = ()) -> None:
     """Refuse what is asked for and not served.
 
