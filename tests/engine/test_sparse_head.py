@@ -64,6 +64,16 @@ def agree(engine, expected, ids, tolerance=1e-3):
     assert float((last - expected[-1]).abs().max()) <= tolerance
 
 
+def from_folder(model, plan, path):
+    """The engine of a model that was converted under a plan: path / "model" to path / "packed"."""
+    model.save_pretrained(path / "model")
+    byte_tokenizer().save_pretrained(path / "model")
+    convert_model(path / "model", path / "packed", dtype="fp32", plan=plan)
+    engine = Engine.from_pretrained(path / "packed")
+    assert isinstance(engine, NativeEngine)
+    return engine
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_logits_agree(family, threads):
@@ -184,11 +194,7 @@ def test_what_a_token_reads():
 def test_an_acttail_folder_keeps_the_layout(family, tmp_path):
     model, ids = lively(family), tokens()
     plan = plan_for(model)
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    convert_model(tmp_path / "model", tmp_path / "packed", dtype="fp32", plan=plan)
-    engine = Engine.from_pretrained(tmp_path / "packed")
-    assert isinstance(engine, NativeEngine)
+    engine = from_folder(model, plan, tmp_path)
     assert engine.plan == SparsityPlan.from_dict(plan.to_dict())
     agree(engine, reference(model, plan, ids), ids)
     description = json.loads((tmp_path / "packed" / "engine.json").read_text())

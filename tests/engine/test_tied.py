@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from byte_tokens import byte_tokenizer
 from gguf_files import blocky, write_gguf
 from instruction_sets import OTHERS, passes
-from test_sparse_head import agree, lively, plan_for, reference, tokens
+from test_sparse_head import agree, from_folder, lively, plan_for, reference, tokens
 
 import acttail
 from acttail import make_plan
@@ -19,8 +18,6 @@ from acttail.engine.convert import dequantised_state
 from acttail.engine.description import read_layout
 from acttail.engine.layout import EMBEDDING, HEAD_MATRIX
 from acttail.engine.native import library
-from acttail.engine.native_engine import NativeEngine
-from acttail.engine.source import convert_model
 from acttail.engine.store import write_packed
 from acttail.engine.transcode import matrix_struct
 from acttail.errors import ActTailError
@@ -137,11 +134,7 @@ def test_what_a_token_reads_of_it():
 def test_an_acttail_folder_keeps_it_once(tmp_path):
     model, ids = lively("gemma3"), tokens()
     plan = plan_for(model)
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    convert_model(tmp_path / "model", tmp_path / "packed", dtype="fp32", plan=plan)
-    engine = Engine.from_pretrained(tmp_path / "packed")
-    assert isinstance(engine, NativeEngine)
+    engine = from_folder(model, plan, tmp_path)
     assert engine.packed.layout.gathered
     agree(engine, reference(model, plan, ids), ids)
     # As weights, it is one parameter under two names, as in the model that it was made from.
