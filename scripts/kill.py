@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +28,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import resource
 
 import torch
+import tqdm.auto
 from byte_tokens import byte_tokenizer
 from families import config
 from transformers import AutoModelForCausalLM
@@ -150,6 +152,9 @@ def started(scene: Scene, writer: Writer, target: Path, version: str, limit: int
     if child:
         return child
     status = 0
+    # Progress bars share a lock with the parent, who would wait for ever for one that is held when its holder is killed.
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        bar.set_lock(threading.RLock())
     try:
         void = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
