@@ -87,7 +87,7 @@ struct Packed {
     }
   }
   void allocate(int32_t format, int64_t group, int64_t rows, int64_t columns, int64_t scales) {
-    matrix = {format, static_cast<int32_t>(group), rows, columns, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    matrix = {format, static_cast<int32_t>(group), rows, columns, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0};
     data.resize(static_cast<size_t>(rows * acttail::row_bytes(matrix)));
     for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<uint8_t>(mix(1, 2, 3, static_cast<uint32_t>(i)) & 0x3F);
     if (acttail::kFormatTraits[format].scaled) scale.assign(static_cast<size_t>(scales), power(-6));
