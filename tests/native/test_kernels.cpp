@@ -184,7 +184,8 @@ struct FileMatrix {
     if (traits.sub && traits.minimum) sub_minimum.resize(size(groups(128) * columns * 4));
     const auto pointer = [](auto& array) { return array.empty() ? nullptr : array.data(); };
     matrix = {format,         traits.group,     inputs,         columns,           data.data(),
-              scale.data(),   pointer(minimum), pointer(plane), pointer(sub_scale), pointer(sub_minimum)};
+              scale.data(),   pointer(minimum), pointer(plane), pointer(sub_scale), pointer(sub_minimum),
+              0,              0};
     if (fitted) {
       status = acttail_fit(&matrix, 0, random_floats(inputs * outputs, 9).data(), outputs, 2);
       return;
