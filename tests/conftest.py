@@ -17,8 +17,16 @@ sys.path += [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) i
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_user_cache(tmp_path_factory):
+    """Nor does a fixture of a module or of the session, which begins before a test has its own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACTTAIL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+def _own_cache(_no_user_cache, tmp_path, monkeypatch):
     """No test reads or writes the user's cache, nor the network."""
     monkeypatch.setenv("ACTTAIL_CACHE", str(tmp_path / "cache"))
 
