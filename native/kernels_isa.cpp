@@ -56,6 +56,7 @@ using namespace acttail;
 #if defined(ACTTAIL_PAIRS)
 #include "quads.inc"
 #include "pairs.inc"
+#include "pairs_dot.inc"
 #endif
 #include "gemv.inc"
 #include "dot_together.inc"
