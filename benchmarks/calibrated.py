@@ -2,9 +2,10 @@
 
 SmolLM2-135M, 32,768 tokens of WikiText-2 test in windows of 1,024, all sparse; calibrated rules see 16,384 tokens of
 the validation split. A second scored text, Python's documentation, shows whether a rule is over-fitted; where there
-is no WikiText-2 it is the only one. Appends to calibrated.csv and skips what is there; losses per window are kept for paired comparison.
+is no WikiText-2 it is the only one. Other models are scored on fewer tokens and by fewer rules, as asked. Appends to calibrated.csv and skips what is there; losses per window are kept for paired comparison.
 
-    python benchmarks/calibrated.py [--corpus wikitext|python-docs] [--sparsity 0.5,0.6,0.7] [--table-only]
+    python benchmarks/calibrated.py [--model M] [--corpus wikitext|python-docs] [--sparsity 0.5,0.6,0.7]
+        [--tokens 8192] [--rules uniform,sensitivity] [--table-only]
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class Bench:
     """One model, one text, one calibration; cells are appended to the CSV as they are measured."""
 
     def __init__(self, args, rows):
-        self.which, self.rows = args.corpus, rows
+        self.which, self.rows, self.tokens = args.corpus, rows, args.tokens or TOKENS[args.corpus]
         self.model, self.tokenizer = acttail.load(args.model, dtype="bfloat16")
         self.text = read_text(TEXTS[args.corpus])
         self.calibration = Calibration(
@@ -83,7 +84,7 @@ class Bench:
         seconds = time.perf_counter() - started
         metrics = ("perplexity",) if name == "dense" else ("perplexity", "kl", "top1")
         result = acttail.perplexity(
-            self.model, self.tokenizer, self.text, tokens=TOKENS[self.which], window=1024,
+            self.model, self.tokenizer, self.text, tokens=self.tokens, window=1024,
             metrics=metrics, dense_logits=self.dense_logits,
         )  # fmt: skip
         acttail.densify_(self.model)
@@ -151,6 +152,8 @@ def measure(args, rows):
     bench.cell("dense", "topk", 0)
     for sparsity in map(float, args.sparsity.split(",")):
         for name, rule in RULES:
+            if args.rules and name not in args.rules.split(","):
+                continue
             main = args.corpus == "wikitext" and sparsity == 0.6
             if (name in HOPELESS and not main) or (
                 (name, rule) in VARIANTS and not main and sparsity not in (0.5, 0.7)
@@ -203,14 +206,22 @@ def main():
     parser = options(__doc__, "model", "calibration", "table")
     parser.add_argument("--corpus", choices=list(TEXTS), default=next(iter(TEXTS)))
     parser.add_argument("--sparsity", default="0.6,0.5,0.7")
+    parser.add_argument(
+        "--tokens", type=int, help="that are scored, where the text's own number is too many"
+    )
+    parser.add_argument("--rules", help="allocators, all by default")
     args = parser.parse_args()
     rows = Rows("calibrated", args.out)
     if not args.table_only:
         measure(args, rows)
     for which in ("wikitext", "python-docs"):
-        found = rows.latest("allocator", "rule", "sparsity", corpus=which)
-        latest = {(n, rule, float(s)): r for (n, rule, s), r in found.items()}
-        fill(args.out, "docs/results.md", f"calibrated {which}", table(latest))
+        models = {}
+        for (model, _, name, rule, s), r in rows.latest(
+            "model", "cpu", "allocator", "rule", "sparsity", corpus=which
+        ).items():
+            models.setdefault(model, {})[name, rule, float(s)] = r
+        tables = [f"**{model}.** {table(latest)}" for model, latest in models.items()]
+        fill(args.out, "docs/results.md", f"calibrated {which}", "\n\n".join(tables))
 
 
 if __name__ == "__main__":
