@@ -797,7 +797,6 @@ def test_tuning_chooses_kernels(tmp_path, monkeypatch):
     model = lively("llama")
     plan = make_plan(model, 0.3)
     engine = Engine.from_model(model, plan, dtype="int8", native=True)
-    assert not engine.decoder.dense_kernel  # nothing has been measured
     layout = engine.packed.layout
     shapes = [layout.shapes[n] for n in layout.segments]
     found = tune(shapes)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from acttail.allocate import make_plan
 from acttail.engine import Engine, tune
+from acttail.engine.shapes import shape_for
 from acttail.sparse.backends import abi
 
 
@@ -48,3 +50,27 @@ def test_what_was_measured_is_kept_and_told_to_the_engine(tmp_path, monkeypatch,
         assert vectors == c.together == tune.joining(c.shared)
         assert c.shared.keys() == {2, 4, 8}
         assert all(r > 0 for r in c.shared.values())
+
+
+def test_where_nothing_was_measured_the_format_says_when_the_dense_kernel_is_taken(llama):
+    """No plan is slower than none: of rows that hardly any input drops, lists cost more than they save."""
+    plan = make_plan(llama, 0.3)
+    density = {n: 1 - e.realised_sparsity for n, e in plan.projections.items()}
+    for dtype, group in (
+        ("fp32", None),
+        ("bf16", None),
+        ("int8", None),
+        ("int4", None),
+        ("int4", 32),
+    ):
+        engine = Engine.from_model(llama, plan, dtype=dtype, group=group, native=True)
+        layout = engine.packed.layout
+        limit = {
+            s.name: layout.shapes[n].dense_from
+            for n, segments in layout.segments.items()
+            for s in segments
+        }
+        expected = {n for n, d in density.items() if limit[n] < 1 and d >= limit[n]}
+        assert engine.decoder.dense_kernel == expected
+        assert bool(expected) == (dtype not in ("fp32", "bf16"))
+    assert shape_for("int8", 576, 1536).dense_from < shape_for("int8", 576, 8192).dense_from < 1

@@ -39,6 +39,8 @@ class Format:
         llama_cpp: llama.cpp's file type of the same width.
         columns: its matrices' columns come in blocks of this many.
         projections: the stored format that projections become where no group is asked for; None for this one.
+        dense_from: the densities from which on the dense kernel is taken where `acttail tune` has measured nothing:
+            of rows shorter than ``LONG_ROW``, and of others; 1 for never.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Format:
     llama_cpp: str
     columns: int = BLOCK
     projections: str | None = None
+    dense_from: tuple[float, float] = (1.0, 1.0)
 
     @property
     def bits(self) -> int:
@@ -95,6 +98,10 @@ class Format:
 # prefill_tokens: below this a pass of matrix products costs more, and the more so where weights must be
 # unpacked for it (SmolLM2-135M at S = 0.5, one and two threads: equal at 10 tokens for bf16, at 22 for int8
 # and int4).
+# dense_from: time of sparse over dense at density 0.9, 0.8, 0.7, 0.6, Zen 4, by turns (`acttail tune`): int8 576 x 576 to 1,536
+# x 576 1.1 to 1.2, 1.15 to 1.2, 1.03 to 1.08, 0.9 to 1.0; 576 x 3,072 1.0, 0.87; int4 in groups 1.6 to 2.0, 1.5 to 1.8, 1.2 to
+# 1.4, 0.9 to 1.1; files' blocks of 640 to 1,536 columns 1.04 to 1.3, 1.0 to 1.2, 0.97 to 1.08, of 3,072 and more 1.0 to 1.2, 0.9 to
+# 1.0; bf16 0.7 to 0.9 throughout.
 FORMATS = {
     row.name: row
     for row in (
@@ -109,15 +116,17 @@ FORMATS = {
         Format(
             "int8", 2, INT8, group=0, head_group=32, minimum=False, gguf=("Q8_0", "IQ4_NL"),
             compute=torch.bfloat16, prefill_tokens=22, head="int8", kv="bf16", llama_cpp="MOSTLY_Q8_0",
+            dense_from=(0.75, 0.9),
         ),
         Format(
             "int4", 3, INT4, group=32, head_group=32, minimum=True, gguf=("Q4_0", "Q4_1"),
             compute=torch.bfloat16, prefill_tokens=22, head="int8", kv="bf16", llama_cpp="MOSTLY_Q4_0",
-            projections="q4_k",
+            projections="q4_k", dense_from=(0.65, 0.65),
         ),
     )
 }  # fmt: skip
 DEFAULT = FORMATS["bf16"]
+LONG_ROW = 2560  # columns
 
 
 def _of_file(
@@ -128,6 +137,7 @@ def _of_file(
     return Format(
         kind.lower(), number, codec, group, None, minimum, (kind, *others), torch.bfloat16,
         FORMATS["int4"].prefill_tokens, "int8", "bf16", llama_cpp, COLUMNS,
+        dense_from=(0.75, 0.9),
     )  # fmt: skip
 
 

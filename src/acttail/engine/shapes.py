@@ -14,7 +14,7 @@ from annotated_types import Ge, Le
 from acttail.base.schema import STRICT, Name, Size
 from acttail.engine.blocks import padded
 from acttail.engine.codecs import Sharing
-from acttail.engine.formats import Format, stored_format
+from acttail.engine.formats import LONG_ROW, Format, stored_format
 from acttail.errors import ActTailError
 
 
@@ -45,6 +45,11 @@ class Shape:
     def format(self) -> Format:
         """Its weight format."""
         return stored_format(self.dtype)
+
+    @property
+    def dense_from(self) -> float:
+        """The density from which on the dense kernel is taken where nothing has been measured; 1 if it never is."""
+        return self.format.dense_from[self.columns >= LONG_ROW]
 
     @property
     def sharing(self) -> Sharing:

@@ -32,7 +32,7 @@ from acttail.plan import SparsityPlan
 from acttail.sparse.backends import abi, cpu
 from acttail.sparse.backends.abi import Matrix
 
-VERSION = 2
+VERSION = 3
 _DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2, 0.1)
 # Vectors with lists of their own at this density; native code takes eight at a time.
 _BATCHES = (2, 4, 8)
@@ -290,18 +290,18 @@ def read_together(layout: Layout) -> dict[str, int]:
 
 
 def dense_kernels(layout: Layout, plan: SparsityPlan | None) -> frozenset[str]:
-    """Projections of a plan for which this machine's table names the dense kernel.
+    """Projections of a plan that the dense kernel takes: by this machine's table, or by the format where that has none.
 
     Args:
         layout: of the packed model.
         plan: of the engine.
     """
-    measured = table()
-    if plan is None or not measured:
+    if plan is None:
         return frozenset()
-    chosen = set()
+    measured, chosen = table(), set()
     for name, segments in layout.segments.items():
-        limit = measured.get(_key(layout.shapes[name]), 1.0)
+        shape = layout.shapes[name]
+        limit = measured.get(_key(shape), shape.dense_from)
         for s in segments:
             entry = plan.projections.get(s.name)
             if entry is not None and limit < 1 and 1 - entry.realised_sparsity >= limit > 0:
