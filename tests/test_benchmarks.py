@@ -57,7 +57,6 @@ def test_each_claim_has_one_script_and_one_csv():
         "gpu_decode",
         "gpu_kernels",
         "forecast",
-        "adapt",
     }  # not measured yet
 
 
