@@ -28,7 +28,8 @@ COMMANDS = {
     "bench": ("model", "--sparsity", "0.5", "--new-tokens", "2", "--rounds", "1", "--prompt-tokens", "4", "--threads", "1"),
     "report": ("model", "--plan", "plan.json", "-o", "report.html", "--no-spectra"),
     "generate": ("model", "--prompt", "ab", "--max-new-tokens", "4", "--plan", "plan.json"),
-    "chat": ("model", "--max-new-tokens", "4"),
+    # Sampled, one text of some hundred ends before it begins and says nothing.
+    "chat": ("model", "--max-new-tokens", "4", "--temperature", "0"),
     "convert": ("model", "-o", "packed"),
     "tune": ("model",),
     "adapt": ("model", "--plan", "plan.json", "--text", "text.txt", "--tokens", "256", "--window", "16", "--steps", "1",
